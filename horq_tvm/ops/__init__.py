@@ -1,0 +1,44 @@
+"""The HORQ dialect of Relax: one operator a file. docs/architecture.md lists them in the order of the pipeline."""
+
+from .binarize import BINARIZE, WORD_BITS, binarize, words_of
+from .bitserial import BITSERIAL_CONV2D, BITSERIAL_DENSE, bitserial
+from .conv2d import CONV2D, conv2d
+from .dense import DENSE, dense
+from .geometry import Geometry
+from .packed import (
+    PACKED_BITSERIAL,
+    PACKED_CONV2D,
+    PACKED_DEPTHWISE,
+    BorderClasses,
+    packed_bitserial,
+    packed_conv2d,
+)
+from .pad_planes import PAD_PLANES, pad_planes
+from .registry import shape_of
+from .scales import SCALES, scales
+
+__all__ = [
+    "BINARIZE",
+    "BITSERIAL_CONV2D",
+    "BITSERIAL_DENSE",
+    "CONV2D",
+    "DENSE",
+    "PACKED_BITSERIAL",
+    "PACKED_CONV2D",
+    "PACKED_DEPTHWISE",
+    "PAD_PLANES",
+    "SCALES",
+    "WORD_BITS",
+    "BorderClasses",
+    "Geometry",
+    "binarize",
+    "bitserial",
+    "conv2d",
+    "dense",
+    "packed_bitserial",
+    "packed_conv2d",
+    "pad_planes",
+    "scales",
+    "shape_of",
+    "words_of",
+]
