@@ -1,0 +1,294 @@
+"""The machines we compile for: `targets.yaml` as typed, frozen values, and `native`, which is looked up on the host.
+
+`resolve("zen5")`, `resolve("native")` and, for a file of one's own, `resolve("boards.yaml:kitchen")`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from horq_tvm import extras, yamlfile
+from horq_tvm.errors import HorqError, UsageError
+
+if TYPE_CHECKING:
+    import tvm
+
+Family = Literal["x86"]
+Popcount = Literal["vpopcntdq", "avx512bw", "avx2", "scalar"]
+
+NATIVE = "native"
+PRESETS = Path(__file__).with_name("targets.yaml")
+CPUINFO = Path("/proc/cpuinfo")
+
+# The instruction set extensions that LLVM uses for code it was not asked to use them for, by LLVM's name, and the flag
+# of /proc/cpuinfo that tells of each. Extensions reached through intrinsics alone (AES, SHA, AMX, ...) do not count: a
+# virtual machine may mask them, and no kernel of ours would miss them.
+LLVM_TO_CPUINFO: Mapping[str, str] = {
+    "sse2": "sse2",
+    "sse3": "pni",
+    "ssse3": "ssse3",
+    "sse4.1": "sse4_1",
+    "sse4.2": "sse4_2",
+    "sse4a": "sse4a",
+    "popcnt": "popcnt",
+    "cx16": "cx16",
+    "sahf": "lahf_lm",
+    "avx": "avx",
+    "f16c": "f16c",
+    "fma": "fma",
+    "fma4": "fma4",
+    "xop": "xop",
+    "tbm": "tbm",
+    "avx2": "avx2",
+    "bmi": "bmi1",
+    "bmi2": "bmi2",
+    "lzcnt": "abm",
+    "movbe": "movbe",
+    "gfni": "gfni",
+    "avxvnni": "avx_vnni",
+    "avx512f": "avx512f",
+    "avx512bw": "avx512bw",
+    "avx512cd": "avx512cd",
+    "avx512dq": "avx512dq",
+    "avx512vl": "avx512vl",
+    "avx512ifma": "avx512ifma",
+    "avx512vbmi": "avx512vbmi",
+    "avx512vbmi2": "avx512_vbmi2",
+    "avx512vnni": "avx512_vnni",
+    "avx512bitalg": "avx512_bitalg",
+    "avx512vpopcntdq": "avx512_vpopcntdq",
+    "avx512bf16": "avx512_bf16",
+    "avx512fp16": "avx512_fp16",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine to compile for.
+
+    `features` are flags of /proc/cpuinfo, sorted; `vector_bits` and `word_bits` are bits; `l1_bytes` and `l2_bytes` are
+    the data caches of one core; `compiler` is the argv prefix of the C compiler that links the library; `level` orders
+    the generic presets for `native` (None for a particular CPU).
+    """
+
+    name: str
+    description: str
+    family: Family
+    mtriple: str
+    mcpu: str
+    mattr: tuple[str, ...]
+    features: tuple[str, ...]
+    popcount: Popcount
+    vector_bits: int
+    vector_registers: int
+    word_bits: int
+    l1_bytes: int
+    l2_bytes: int
+    compiler: tuple[str, ...]
+    level: int | None = None
+
+    def tvm_target(self) -> tvm.target.Target:
+        """The same for TVM.
+
+        Raises:
+            HorqError: the extra `compiler` is not installed, LLVM does not know the CPU (it would quietly compile for a
+                generic one), or may use an extension for it that `features` does not name.
+        """
+        codegen = _tvm_codegen()
+        import tvm
+
+        config: dict[str, Any] = {"kind": "llvm", "mtriple": self.mtriple}
+        known = [str(cpu) for cpu in codegen.llvm_get_cpu_archlist(tvm.target.Target(config))]
+        if self.mcpu not in known:
+            close = difflib.get_close_matches(self.mcpu, known, n=5) or known
+            version = codegen.llvm_version_major()
+            raise HorqError(
+                f"target {self.name}: LLVM {version} has no mcpu {self.mcpu!r}; accepted: {', '.join(close)}"
+            )
+        config["mcpu"] = self.mcpu
+        if self.mattr:
+            config["mattr"] = list(self.mattr)
+        target = tvm.target.Target(config)
+        used = {LLVM_TO_CPUINFO.get(str(llvm)) for llvm in codegen.llvm_get_cpu_features(target)} - {None}
+        unchecked = sorted(str(flag) for flag in used.difference(self.features))
+        if unchecked:
+            raise HorqError(
+                f"target {self.name}: code for mcpu {self.mcpu!r} may use {', '.join(unchecked)}, which `features` lacks,"
+                " so that a library could not check them; accepted: all of them listed, or taken away in `mattr`"
+            )
+        return target
+
+    def missing_on(self, flags: frozenset[str]) -> tuple[str, ...]:
+        """The features that a CPU with these /proc/cpuinfo flags lacks."""
+        return tuple(feature for feature in self.features if feature not in flags)
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the machine we run on says of itself: /proc/cpuinfo flags, and LLVM's name of the CPU (None without TVM)."""
+
+    machine: str
+    flags: frozenset[str]
+    llvm_cpu: str | None
+
+
+def names() -> tuple[str, ...]:
+    """The names `resolve` takes, `native` first."""
+    return (NATIVE, *presets())
+
+
+def resolve(name: str, host: Host | None = None) -> Target:
+    """The target called `name`: a preset, `native` (of `host`, by default this machine), or `FILE.yaml:NAME`.
+
+    Raises:
+        UsageError: there is none of that name (the message lists those there are), or its file has a mistake.
+        HorqError: `native` on a machine for which there is no preset.
+    """
+    if name == NATIVE:
+        return native(presets(), host or this_host())
+    path, colon, own = name.rpartition(":")
+    if colon and path.endswith((".yaml", ".yml")):
+        known: Mapping[str, Target] = load_presets(Path(path), base=_documents())
+        label = f"{own!r} in {path}"
+        accepted = tuple(known)
+    else:
+        known, own, label, accepted = presets(), name, repr(name), names()
+    if own not in known:
+        close = difflib.get_close_matches(own, accepted, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise UsageError(f"unknown target {label}{hint}; accepted: {', '.join(accepted)}, or FILE.yaml:NAME")
+    return known[own]
+
+
+@lru_cache(maxsize=1)
+def presets() -> Mapping[str, Target]:
+    """The shipped targets, by name, in the file's order."""
+    return load_presets(PRESETS)
+
+
+def native(known: Mapping[str, Target], host: Host) -> Target:
+    """The preset of the host's own CPU if it is listed and the host has all its features; else the highest generic level
+    that fits, compiled for the CPU that LLVM sees, minus what the host (a virtual machine, say) masks.
+
+    Raises:
+        HorqError: no preset fits.
+    """
+    fitting = [target for target in known.values() if not target.missing_on(host.flags)]
+    if host.machine not in ("x86_64", "AMD64") or not fitting:
+        raise HorqError(
+            f"native: no preset for this machine ({host.machine or 'unknown'}, {len(host.flags)} CPU flags in {CPUINFO});"
+            f" accepted: {', '.join(known)}"
+        )
+    exact = [target for target in fitting if target.level is None and target.mcpu == host.llvm_cpu]
+    if exact:
+        return exact[0]
+    best = max((target for target in fitting if target.level is not None), key=lambda target: target.level or 0)
+    return _for_cpu(best, host)
+
+
+def this_host() -> Host:
+    """Read off the machine; nothing in it needs the extra `compiler`."""
+    try:
+        llvm_cpu: str | None = str(_tvm_codegen().llvm_get_system_cpu())
+    except HorqError:
+        llvm_cpu = None
+    return Host(platform.machine(), _cpu_flags(CPUINFO), llvm_cpu)
+
+
+def load_presets(path: Path, base: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Target]:
+    """The targets of a YAML file, validated; `base` holds documents that they may extend.
+
+    Raises:
+        UsageError: names the file, the key, what was found and what is accepted.
+    """
+    document = yamlfile.load(path)
+    from horq_tvm.target_schema import TargetsFile
+
+    own = yamlfile.validate(TargetsFile, document, str(path)).targets
+    every = {**(base or {}), **own}
+    return {name: _parse(name, _flatten(name, every, path), path) for name in own}
+
+
+def _documents() -> dict[str, Mapping[str, Any]]:
+    return dict(yamlfile.load(PRESETS)["targets"])
+
+
+def _flatten(
+    name: str, every: Mapping[str, Mapping[str, Any]], path: Path, seen: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The document of `name` with what it extends filled in; features add up, a level is nobody's heirloom."""
+    own = dict(every[name])
+    parent = own.pop("extends", None)
+    if parent is None:
+        return own
+    if parent not in every:
+        raise UsageError(f"{path}: targets.{name}.extends: unknown target {parent!r}; accepted: {', '.join(every)}")
+    if parent in (*seen, name):
+        raise UsageError(f"{path}: targets.{name}.extends: {' -> '.join((*seen, name, parent))} goes round in a circle")
+    inherited = _flatten(parent, every, path, (*seen, name))
+    inherited.pop("level", None)
+    merged = {**inherited, **own}
+    if isinstance(own.get("features", []), list):
+        merged["features"] = [*inherited.get("features", []), *own.get("features", [])]
+    return merged
+
+
+def _parse(name: str, document: Mapping[str, Any], path: Path) -> Target:
+    from horq_tvm.target_schema import TargetRecord
+
+    record = yamlfile.validate(TargetRecord, document, f"{path}: targets.{name}")
+    fields = record.model_dump()
+    l1_kib, l2_kib = fields.pop("l1d_kib"), fields.pop("l2_kib")
+    fields["features"] = tuple(sorted(set(fields["features"])))
+    return Target(name=name, l1_bytes=l1_kib * 1024, l2_bytes=l2_kib * 1024, **fields)
+
+
+def _for_cpu(generic: Target, host: Host) -> Target:
+    """`generic` compiled for the host's CPU: its name where LLVM has one, its features where they were not masked."""
+    if host.llvm_cpu in (None, "generic", "x86-64", generic.mcpu):
+        return generic
+    codegen = _tvm_codegen()
+    import tvm
+
+    cpu = tvm.target.Target({"kind": "llvm", "mtriple": generic.mtriple, "mcpu": host.llvm_cpu})
+    of_cpu = {str(feature) for feature in codegen.llvm_get_cpu_features(cpu)}
+    usable = {llvm: flag for llvm, flag in LLVM_TO_CPUINFO.items() if llvm in of_cpu}
+    # What the level asks for beyond the CPU's own features is switched on by name.
+    added = [attribute for attribute in generic.mattr if attribute[1:] not in of_cpu]
+    if set(generic.features) - set(usable.values()) - {LLVM_TO_CPUINFO[attribute[1:]] for attribute in added}:
+        # LLVM's name is that of a lesser CPU than the flags tell of: trust the flags.
+        return generic
+    masked = sorted(llvm for llvm, flag in usable.items() if flag not in host.flags)
+    present = {flag for flag in usable.values() if flag in host.flags}
+    return replace(
+        generic,
+        name=f"{NATIVE}:{host.llvm_cpu}",
+        description=f"This machine: {generic.description}, tuned for {host.llvm_cpu}",
+        mcpu=host.llvm_cpu,
+        mattr=(*added, *(f"-{llvm}" for llvm in masked)),
+        features=tuple(sorted(present | set(generic.features))),
+        level=None,
+    )
+
+
+def _cpu_flags(path: Path) -> frozenset[str]:
+    """The `flags` line of the first processor; empty where there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    return next((frozenset(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), frozenset())
+
+
+def _tvm_codegen() -> Any:
+    try:
+        from tvm.target import codegen
+    except ImportError as error:
+        raise extras.missing(error) from error
+    return codegen
