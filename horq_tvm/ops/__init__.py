@@ -5,6 +5,7 @@ from .bitserial import BITSERIAL_CONV2D, BITSERIAL_DENSE, bitserial
 from .conv2d import CONV2D, conv2d
 from .dense import DENSE, dense
 from .geometry import Geometry
+from .name import NAME, name
 from .packed import (
     PACKED_BITSERIAL,
     PACKED_CONV2D,
@@ -23,6 +24,7 @@ __all__ = [
     "BITSERIAL_DENSE",
     "CONV2D",
     "DENSE",
+    "NAME",
     "PACKED_BITSERIAL",
     "PACKED_CONV2D",
     "PACKED_DEPTHWISE",
@@ -35,6 +37,7 @@ __all__ = [
     "bitserial",
     "conv2d",
     "dense",
+    "name",
     "packed_bitserial",
     "packed_conv2d",
     "pad_planes",
