@@ -16,7 +16,7 @@ from ..specs import LayerConfig, TensorSpec
 class ImportedModel:
     """A model as Relax, one function `main` of static shapes with its constants embedded.
 
-    `inputs` are in the order of main's parameters, `outputs` in the order of its results (a tuple if there are several).
+    `inputs` are in the order of main's parameters, `outputs` in the order of its results (a tuple if several).
     `trained` holds the layers that the model's own HORQ nodes speak for, by layer name.
     """
 

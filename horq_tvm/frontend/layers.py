@@ -131,18 +131,13 @@ def batch_norm(
 ) -> relax.Expr:
     """Batch normalisation in inference, (x − μ)·γ/√(σ² + ε) + β over axis 1, as one multiply and one add.
 
-    The factor and the addend are computed in float64 and rounded once. Raises HorqError unless the parameters are constant.
+    Factor and addend are computed in float64 and rounded once. Raises HorqError unless the parameters are constant.
     """
-    values = [array(v) for v in (mean, variance)]
-    mu, var = values
-    if mu is None or var is None or any(v is not None and array(v) is None for v in (gamma, beta)):
+    if any(v is not None and array(v) is None for v in (gamma, beta, mean, variance)):
         raise HorqError("batch normalisation: found parameters that are computed; accepted are constants")
-    scale = 1.0 / np.sqrt(var.astype(np.float64) + epsilon)
-    if gamma is not None:
-        scale = array(gamma).astype(np.float64) * scale
-    shift = -mu.astype(np.float64) * scale
-    if beta is not None:
-        shift = array(beta).astype(np.float64) + shift
+    mu, var, g, b = (None if v is None else array(v).astype(np.float64) for v in (mean, variance, gamma, beta))
+    scale = (1.0 if g is None else g) / np.sqrt(var + epsilon)
+    shift = (0.0 if b is None else b) - mu * scale
     dtype = str(x.ty.dtype.dtype)
     scaled = emit(relax.op.multiply(x, per_channel(emit, relax.const(scale.astype(dtype)), rank(x))))
     return emit(relax.op.add(scaled, per_channel(emit, relax.const(shift.astype(dtype)), rank(x))))
@@ -227,7 +222,9 @@ def _pool(
     """`pool` on a tensor of one or two spatial axes. Raises HorqError for more."""
     extents = shape(x)
     if len(kernel) not in (1, 2) or len(extents) != len(kernel) + 2:
-        raise HorqError(f"found pooling by {list(kernel)} of a {list(extents)} tensor; accepted are 1-D and 2-D pooling")
+        raise HorqError(
+            f"found pooling by {list(kernel)} of a {list(extents)} tensor; accepted are 1-D and 2-D pooling"
+        )
     if len(kernel) == 2:
         return emit(pool(x, kernel, window))
     y = emit(pool(reshape(emit, x, (*extents[:2], 1, extents[2])), (1, *kernel), window.planar()))

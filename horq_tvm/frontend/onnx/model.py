@@ -1,0 +1,171 @@
+"""An ONNX file as the importer wants it: read, checked, its operators known, its inputs static, its nodes named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import onnx.inliner
+from tvm.relax.frontend.onnx import onnx_frontend
+
+from ...errors import HorqError, UsageError
+from .converters import CONVERTERS
+
+OLDEST_OPSET = 7
+"""Opset 7 brought NumPy's broadcasting; before it Add and Mul take an axis that no exporter of today writes."""
+
+STANDARD, HORQ = "", "horq"
+
+# Control flow, sequences and optionals: a network whose shape is decided while it runs cannot be laid out in memory.
+_DYNAMIC = {"If", "Loop", "Scan", "NonZero", "Unique", "Compress", "NonMaxSuppression", "AllClassNMS"}
+
+
+def read(model: str | Path | onnx.ModelProto) -> onnx.ModelProto:
+    """The model, a copy if it is a proto. Raises UsageError for a missing file, HorqError for one that is not ONNX."""
+    if isinstance(model, onnx.ModelProto):
+        proto = onnx.ModelProto()
+        proto.CopyFrom(model)
+        where = "the given ONNX model"
+    else:
+        where = str(model)
+        if not Path(model).is_file():
+            raise UsageError(f"{where}: found no such file; accepted is the path of an ONNX model")
+        try:
+            proto = onnx.load(str(model))
+        except Exception as error:  # protobuf and onnx raise many kinds, for a broken file or missing external data
+            raise HorqError(f"{where}: not a readable ONNX model ({_first_line(error)})") from error
+    if not proto.graph.node and not proto.graph.output:
+        raise HorqError(f"{where}: not a readable ONNX model (found no graph in it)")
+    if not proto.graph.output:
+        raise HorqError(f"{where}: found a graph of no outputs; accepted is a graph with one or more")
+    return proto
+
+
+def standard_opset(model: onnx.ModelProto) -> int:
+    """The ai.onnx opset of the model. Raises HorqError outside the range that we read."""
+    versions = [opset.version for opset in model.opset_import if _domain(opset.domain) == STANDARD]
+    newest = onnx.defs.onnx_opset_version()
+    found = versions[0] if versions else 1
+    if not OLDEST_OPSET <= found <= newest:
+        raise HorqError(f"the model uses ai.onnx opset {found}; accepted are {OLDEST_OPSET} to {newest}")
+    return found
+
+
+def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Replaces the calls of model-local functions by their bodies, those of HORQ layers excepted: they are ours."""
+    others = [f for f in model.functions if f.domain != HORQ]
+    del model.functions[:]
+    if not others:
+        return model
+    model.functions.extend(others)
+    try:
+        return onnx.inliner.inline_local_functions(model)
+    except Exception as error:
+        raise HorqError(f"the model's own functions cannot be inlined ({_first_line(error)})") from error
+
+
+def check_operators(graph: onnx.GraphProto) -> None:
+    """Raises HorqError that lists every operator we have no converter for, each with its node and domain."""
+    known = onnx_frontend._get_convert_map().keys() - _DYNAMIC
+    unknown: dict[tuple[str, str], list[str]] = {}
+    for node in graph.node:
+        domain = _domain(node.domain)
+        supported = (domain, node.op_type) in CONVERTERS or (
+            domain == STANDARD and (node.op_type in known or node.op_type == "Constant")
+        )
+        if not supported:
+            unknown.setdefault((node.op_type, domain or "ai.onnx"), []).append(label(node))
+    if unknown:
+        listed = "; ".join(
+            f"{op} (domain {domain}, node {nodes[0]!r}{f' and {len(nodes) - 1} more' if len(nodes) > 1 else ''})"
+            for (op, domain), nodes in unknown.items()
+        )
+        raise HorqError(f"the model has operators that cannot be compiled: {listed}")
+
+
+def check_nodes(model: onnx.ModelProto) -> None:
+    """Raises HorqError with ONNX's own words for a node that breaks the standard, an unknown attribute say.
+
+    The whole model is not checked: ONNX's checker refuses much that every runtime takes, outputs without a shape say.
+    """
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = model.ir_version
+    context.opset_imports = {_domain(opset.domain): opset.version for opset in model.opset_import}
+    for node in model.graph.node:
+        if _domain(node.domain) == STANDARD:
+            try:
+                onnx.checker.check_node(node, context)
+            except onnx.checker.ValidationError as error:
+                raise HorqError(f"{node.op_type} (node {label(node)!r}): not valid ONNX ({_first_line(error)})") from error
+
+
+def model_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    """The graph's inputs that no initialiser answers for."""
+    constants = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in constants]
+
+
+def set_input_shapes(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Writes `shapes` into the graph's inputs. Raises UsageError where a shape is missing, unknown or contradicts."""
+    inputs = {value.name: value for value in model_inputs(graph)}
+    for name in shapes:
+        if name not in inputs:
+            raise UsageError(f"--input {name}: found no such input; accepted are {', '.join(inputs)}")
+    for name, value in inputs.items():
+        if not value.type.HasField("tensor_type"):
+            raise HorqError(f"input {name!r}: found {value.type.WhichOneof('value')}; accepted are tensors")
+        tensor = value.type.tensor_type
+        found = [d.dim_value if d.dim_value > 0 else d.dim_param or "?" for d in tensor.shape.dim]
+        given = shapes.get(name)
+        if given is None:
+            if not tensor.HasField("shape") or any(isinstance(extent, str) for extent in found):
+                raise UsageError(_missing(name, found if tensor.HasField("shape") else None))
+            continue
+        fits = not tensor.HasField("shape") or (
+            len(given) == len(found) and all(isinstance(f, str) or f == g for f, g in zip(found, given, strict=True))
+        )
+        if not fits or any(extent < 1 for extent in given):
+            raise UsageError(
+                f"--input {name}: found {_extents(given)}; accepted is a shape that fits {_extents(found)}"
+            )
+        del tensor.shape.dim[:]
+        for extent in given:
+            tensor.shape.dim.add().dim_value = int(extent)
+
+
+def name_nodes(graph: onnx.GraphProto) -> None:
+    """Gives every node a unique name: its own, or its first output's where that is empty (interface.md)."""
+    taken: set[str] = set()
+    for node in graph.node:
+        wanted = node.name or next((out for out in node.output if out), node.op_type)
+        node.name = wanted
+        count = 1
+        while node.name in taken:
+            node.name = f"{wanted}_{count}"
+            count += 1
+        taken.add(node.name)
+
+
+def label(node: onnx.NodeProto) -> str:
+    """What to call a node in a message."""
+    return node.name or next((out for out in node.output if out), "?")
+
+
+def _domain(domain: str) -> str:
+    return STANDARD if domain in ("", "ai.onnx") else domain
+
+
+def _missing(name: str, found: list[int | str] | None) -> str:
+    shown = "no shape at all" if found is None else f"the shape {_extents(found)}"
+    example = "1,3,224,224" if found is None else ",".join(str(e) if isinstance(e, int) else "1" for e in found)
+    return f"input {name!r}: found {shown}; accepted are static shapes, so give it, e.g. --input {name}={example}"
+
+
+def _extents(extents: list[int | str] | tuple[int, ...]) -> str:
+    return ",".join(str(extent) for extent in extents) or "()"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
