@@ -30,8 +30,8 @@ UNSET: Final = "unset"
 class Plan:
     """What the plan says: of every layer in `layers`, and of the others in `default`.
 
-    A LayerConfig binarises, None leaves a layer float. `default` is UNSET where the plan has none, so that whoever speaks
-    next (the model's own HORQ node, the command line) decides.
+    A LayerConfig binarises, None leaves a layer float. `default` is UNSET where the plan has none, so that whoever
+    speaks next (the model's own HORQ node, the command line) decides.
     """
 
     default: LayerConfig | Literal["unset"] | None = UNSET
@@ -91,7 +91,8 @@ def layer_config(order: int, scale: str, betas: Iterable[float] | None = None, w
     """A checked LayerConfig; `where` stands before what an error says.
 
     Raises:
-        UsageError: an order outside 1…8, an unknown scale, or betas that are not `order` positive numbers of a `static` layer.
+        UsageError: an order outside 1…8, an unknown scale, or betas that are not `order` positive numbers of a `static`
+            layer.
     """
     if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= MAX_ORDER:
         raise UsageError(f"{where}order: found {order!r}; accepted: 1 to {MAX_ORDER}")

@@ -1,4 +1,7 @@
-"""The keys of a target in targets.yaml, as pydantic checks them. Apart from targets.py, so that a device needs no pydantic."""
+"""The keys of a target in targets.yaml, as pydantic checks them.
+
+Apart from targets.py, so that `Target` itself needs no pydantic.
+"""
 
 from __future__ import annotations
 

@@ -119,8 +119,8 @@ class Target:
         unchecked = sorted(str(flag) for flag in used.difference(self.features))
         if unchecked:
             raise HorqError(
-                f"target {self.name}: code for mcpu {self.mcpu!r} may use {', '.join(unchecked)}, which `features` lacks,"
-                " so that a library could not check them; accepted: all of them listed, or taken away in `mattr`"
+                f"target {self.name}: code for mcpu {self.mcpu!r} may use {', '.join(unchecked)}, which"
+                " `features` does not name for a library to check; accepted: each of them in `features`, or off in `mattr`"
             )
         return target
 
@@ -173,7 +173,9 @@ def presets() -> Mapping[str, Target]:
 
 
 def native(known: Mapping[str, Target], host: Host) -> Target:
-    """The preset of the host's own CPU if it is listed and the host has all its features; else the highest generic level
+    """What `native` stands for on `host`.
+
+    The preset of the host's own CPU if it is listed and the host has all its features; else the highest generic level
     that fits, compiled for the CPU that LLVM sees, minus what the host (a virtual machine, say) masks.
 
     Raises:
@@ -182,8 +184,8 @@ def native(known: Mapping[str, Target], host: Host) -> Target:
     fitting = [target for target in known.values() if not target.missing_on(host.flags)]
     if host.machine not in ("x86_64", "AMD64") or not fitting:
         raise HorqError(
-            f"native: no preset for this machine ({host.machine or 'unknown'}, {len(host.flags)} CPU flags in {CPUINFO});"
-            f" accepted: {', '.join(known)}"
+            f"native: no preset for this machine ({host.machine or 'unknown'} with {len(host.flags)} CPU flags in"
+            f" {CPUINFO}); accepted: {', '.join(known)}"
         )
     exact = [target for target in fitting if target.level is None and target.mcpu == host.llvm_cpu]
     if exact:

@@ -1,4 +1,4 @@
-"""Reading the YAML files a person writes, so that a mistake names the file, the key, what was found and what is accepted.
+"""Reading the YAML files a person writes: a mistake names the file, the key, what was found and what is accepted.
 
 PyYAML and pydantic come with the extra `compiler`; without them `load` says so.
 """
@@ -41,8 +41,11 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def validate(model: type[Model], document: Mapping[str, Any], source: str) -> Model:
-    """`document` as a pydantic `model`; the first mistake as a UsageError that names `source` (the file, and the key in it
-    under which `document` stands) and the key."""
+    """`document` as a pydantic `model`.
+
+    Raises:
+        UsageError: the first mistake; names `source` (the file, and the key under which `document` stands) and the key.
+    """
     from pydantic import ValidationError
 
     try:

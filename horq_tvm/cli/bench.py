@@ -1,0 +1,182 @@
+"""`horq-tvm bench`: a library, or a model compiled on the spot, against ONNX Runtime in the same process."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from horq_tvm.cli import common
+from horq_tvm.errors import UsageError
+
+if TYPE_CHECKING:
+    from horq_tvm.peers import Peer
+    from horq_tvm.timing import Timing
+
+ENGINE = "horq-tvm"
+PEERS = ("onnxruntime", "onnxruntime-int8")
+ELF_MAGIC = b"\x7fELF"
+
+
+def add(verbs: common.Verbs) -> None:
+    """Add the verb to the parser."""
+    verb = common.add_verb(verbs, "bench", "time a library, alone or against ONNX Runtime", run)
+    verb.add_argument("subject", metavar="OUT.so|MODEL", help="a library, or a model that is compiled first")
+    verb.add_argument(
+        "--peers", type=_peers, default=(), metavar=",".join(PEERS), help="engines to time in turn with it"
+    )
+    verb.add_argument(
+        "--model", metavar="MODEL", help="the .onnx that the peers run (default: the MODEL that is compiled)"
+    )
+    verb.add_argument(
+        "--seconds", type=_seconds, default=2.0, metavar="S", help="how long to time each engine (default: 2)"
+    )
+    common.add_threads_option(verb)
+    common.add_model_options(verb)
+    common.add_json_option(verb)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Time the engines in turn; print a table, or the records as JSON."""
+    if arguments.json not in (None, "-"):
+        common.check_writable(arguments.json)
+    subject = Path(arguments.subject)
+    is_library = _is_library(subject)
+    peer_model = _peer_model(arguments, subject, is_library)
+    options = common.build_arguments(arguments)
+    if is_library and set(options) - {"calibration"}:
+        given = ", ".join(sorted(set(options) - {"calibration"}))
+        raise UsageError(f"{subject}: a library is compiled already; {given}: accepted with a model only")
+    with common.progress() as progress:
+        if is_library:
+            records = _measure(arguments, subject, peer_model, options.get("calibration"), progress)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                library = Path(folder) / f"{subject.stem}.so"
+                import horq_tvm
+
+                horq_tvm.build(arguments.subject, progress=progress, **options).export(library)
+                records = _measure(arguments, library, peer_model, options.get("calibration"), progress)
+    if arguments.json is not None:
+        common.write_json(arguments.json, records)
+    if arguments.json != "-":
+        print(_describe(records))
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    library: Path,
+    peer_model: Path | None,
+    calibration: dict[str, Any] | None,
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """One record an engine; of the int8 forms, the faster one's."""
+    from horq_tvm import peers, timing
+    from horq_tvm.runtime.loader import load
+
+    model = load(library, threads=arguments.threads)
+    feeds = peers.random_feeds(model.inputs)
+    rivals: list[Peer] = []
+    if peer_model is not None:
+        if peers.FLOAT32 in arguments.peers:
+            rivals.append(peers.float32(peer_model, feeds, arguments.threads))
+        if peers.INT8 in arguments.peers:
+            progress("quantising for onnxruntime-int8")
+            rivals += peers.int8(peer_model, feeds, arguments.threads, calibration)
+    progress("timing")
+    calls: dict[str, Callable[[], object]] = {ENGINE: lambda: model(**feeds)}
+    calls |= {f"{rival.engine} {rival.form or ''}": rival.call for rival in rivals}
+    timings = list(timing.interleaved(calls, arguments.seconds).values())
+    common_fields = {
+        "network": library.stem,
+        "threads": arguments.threads,
+        "batch": model.inputs[0].shape[0] if model.inputs and model.inputs[0].shape else 1,
+    }
+    records = [
+        {**common_fields, "engine": ENGINE, **_setting(model.manifest.to_json()["layers"]), **_times(timings[0])}
+    ]
+    fastest: dict[str, tuple[Timing, Peer]] = {}
+    for rival, time in zip(rivals, timings[1:], strict=True):
+        if rival.engine not in fastest or time.median_ms < fastest[rival.engine][0].median_ms:
+            fastest[rival.engine] = (time, rival)
+    for engine, (time, rival) in fastest.items():
+        setting = dict.fromkeys(("order", "scale", "rest", "activation"))
+        extra = {} if rival.form is None else {"form": rival.form, "calibration": rival.calibration}
+        records.append({**common_fields, "engine": engine, **setting, **_times(time), **extra})
+    return records
+
+
+def _setting(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Order and scale where the library's binary layers agree on one, else null."""
+    orders = {layer["order"] for layer in layers if layer["order"] is not None}
+    scales = {layer["scale"] for layer in layers if layer["scale"] is not None}
+    return {
+        "order": orders.pop() if len(orders) == 1 else None,
+        "scale": scales.pop() if len(scales) == 1 else None,
+        "rest": "float32",
+        "activation": None,
+    }
+
+
+def _times(timing: Timing) -> dict[str, Any]:
+    return {"median_ms": timing.median_ms, "min_ms": timing.min_ms, "runs": timing.runs}
+
+
+def _describe(records: Sequence[dict[str, Any]]) -> str:
+    first = records[0]
+    setting = (
+        "float" if first["scale"] is None and first["order"] is None else f"order {first['order']}, {first['scale']}"
+    )
+    title = f"{first['network']}: {setting}, batch {first['batch']}, {first['threads']} thread(s)"
+    rows = [
+        (
+            " ".join(filter(None, (record["engine"], record.get("form")))),
+            f"{record['median_ms']:.3f}",
+            f"{record['min_ms']:.3f}",
+            f"{record['median_ms'] / first['median_ms']:.2f}x",
+        )
+        for record in records
+    ]
+    lines = [title, common.table(("engine", "median ms", "min ms", f"time / {ENGINE}"), rows)]
+    lines += [f"{r['engine']}: calibrated on {r['calibration']}" for r in records if r.get("calibration")]
+    return "\n".join(lines)
+
+
+def _is_library(subject: Path) -> bool:
+    try:
+        with subject.open("rb") as stream:
+            return stream.read(len(ELF_MAGIC)) == ELF_MAGIC
+    except OSError as error:
+        raise UsageError(f"{subject}: cannot be read: {error.strerror or error}") from error
+
+
+def _peer_model(arguments: argparse.Namespace, subject: Path, is_library: bool) -> Path | None:
+    """The .onnx that the peers run, or None where there are no peers."""
+    if not arguments.peers:
+        return None
+    if arguments.model is None and is_library:
+        raise UsageError(f"--peers: {subject} is a library; accepted: with --model, the .onnx that the peers run")
+    model = Path(arguments.model or subject)
+    if model.suffix != ".onnx":
+        raise UsageError(f"--peers: ONNX Runtime cannot run {model}; accepted: --model with an .onnx file")
+    return model
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(filter(None, text.split(","))))
+    unknown = [name for name in names if name not in PEERS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"found {text!r}; accepted: {', '.join(PEERS)}, separated by commas")
+    return names
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text!r}; accepted: a number of seconds above 0")
+    return value

@@ -1,0 +1,73 @@
+"""`horq-tvm inspect`: what a library holds and needs.
+
+Reads the file, whatever machine it was built for; needs numpy alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from horq_tvm.cli import common
+
+# Measured: from here on, ONNX Runtime's int8 convolutions (VNNI) are faster than the planes of a HORQ layer.
+SLOWER_THAN_INT8_ORDER = 6
+
+
+def add(verbs: common.Verbs) -> None:
+    """Add the verb to the parser."""
+    verb = common.add_verb(verbs, "inspect", "say what a library holds and needs", run)
+    verb.add_argument("library", metavar="OUT.so", help="what `horq-tvm build` wrote, for this machine or another")
+    common.add_json_option(verb)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the manifest."""
+    from horq_tvm.runtime.loader import read_manifest
+
+    manifest = read_manifest(arguments.library).to_json()
+    if arguments.json is not None:
+        common.write_json(arguments.json, manifest)
+    if arguments.json != "-":
+        print(f"{arguments.library}\n{describe(manifest)}")
+
+
+def describe(manifest: Mapping[str, Any]) -> str:
+    """A manifest, or a build's report, as text."""
+    layers = manifest["layers"]
+    rewritten = [layer for layer in layers if layer["order"] is not None]
+    lines = [
+        f"target    {manifest['target']} (horq-tvm {manifest['version']})",
+        f"needs     {' '.join(manifest['cpu_features']) or 'no particular CPU features'}",
+        *_tensors("input", manifest["inputs"]),
+        *_tensors("output", manifest["outputs"]),
+        f"size      {_sizes(manifest['bytes'])}",
+        f"layers    {len(layers)}, {len(rewritten)} of them binary",
+    ]
+    if layers:
+        rows = [
+            (
+                layer["name"],
+                layer["op"],
+                layer["order"],
+                layer["scale"] or "float",
+                layer["schedule"],
+                layer["reason"] or "",
+            )
+            for layer in layers
+        ]
+        lines += ["", common.table(("layer", "op", "order", "scale", "schedule", "reason"), rows)]
+    slow = [layer["name"] for layer in rewritten if layer["order"] >= SLOWER_THAN_INT8_ORDER]
+    if slow:
+        order = SLOWER_THAN_INT8_ORDER
+        lines += ["", f"note: from order {order} on, int8 with VNNI is faster than the planes: {', '.join(slow)}"]
+    return "\n".join(lines)
+
+
+def _tensors(label: str, specs: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [f"{label:8}  {spec['name']}  {common.shape_text(spec['shape'])}  {spec['dtype']}" for spec in specs]
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {count / 1000:.1f} kB" for name, count in sizes.items())

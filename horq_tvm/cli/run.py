@@ -1,0 +1,46 @@
+"""`horq-tvm run`: a library on arrays from a file. Needs numpy alone."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from horq_tvm.cli import common
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SHOWN_VALUES = 8
+
+
+def add(verbs: common.Verbs) -> None:
+    """Add the verb to the parser."""
+    verb = common.add_verb(verbs, "run", "run a library on arrays", run)
+    verb.add_argument("library", metavar="OUT.so", help="what `horq-tvm build` wrote")
+    verb.add_argument(
+        "inputs", metavar="IN.npz|IN.npy", help="arrays by input name; an .npy serves a model of one input"
+    )
+    verb.add_argument(
+        "-o", "--output", metavar="OUT.npz", help="write the outputs here (default: print their first values)"
+    )
+    common.add_threads_option(verb)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load, run once, write or print."""
+    from horq_tvm.runtime.loader import load
+
+    if arguments.output is not None:
+        common.check_writable(arguments.output)
+    model = load(arguments.library, threads=arguments.threads)
+    outputs = model(**common.read_inputs(arguments.inputs, [spec.name for spec in model.inputs]))
+    if arguments.output is not None:
+        common.write_npz(arguments.output, outputs)
+        return
+    for name, array in outputs.items():
+        print(f"{name}  {common.shape_text(array.shape)}  {array.dtype}  {_first_values(array)}")
+
+
+def _first_values(array: np.ndarray) -> str:
+    values = [f"{value:.6g}" for value in array.ravel()[:SHOWN_VALUES]]
+    return " ".join(values) + (" ..." if array.size > SHOWN_VALUES else "")
