@@ -1,1 +1,1 @@
-"""The graph passes, one a file: Relax passes, since TVM replaced Relay by Relax; the folder keeps the name it was given."""
+"""The graph passes, one a file. They are Relax passes: TVM replaced Relay by Relax, and the folder keeps its name."""
