@@ -64,7 +64,7 @@ def float32(model: Path, feeds: Feeds, threads: int = 1) -> Peer:
 def int8(
     model: Path, feeds: Feeds, threads: int = 1, calibration: Mapping[str, np.ndarray] | None = None
 ) -> tuple[Peer, ...]:
-    """The model quantised statically to int8 (unsigned activations, signed weights per channel), as QDQ and as QOperator.
+    """The model quantised statically to int8 (unsigned activations, signed weights a channel), as QDQ and QOperator.
 
     Which one is faster depends on the network, so that a fair comparison times both.
 

@@ -120,7 +120,7 @@ class Target:
         if unchecked:
             raise HorqError(
                 f"target {self.name}: code for mcpu {self.mcpu!r} may use {', '.join(unchecked)}, which"
-                " `features` does not name for a library to check; accepted: each of them in `features`, or off in `mattr`"
+                " `features` does not name for a library to check; accepted: each in `features`, or off in `mattr`"
             )
         return target
 

@@ -1,0 +1,193 @@
+"""targets.yaml as shipped, files of a user's own, and what `native` becomes on hosts of every kind."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from horq_tvm import targets
+from horq_tvm.errors import HorqError, UsageError
+
+PRESETS = targets.presets()
+LEVELS = ("x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-vpopcntdq")
+
+OWN = """
+version: 1
+targets:
+  board:
+    description: A board of my own
+    extends: x86-64-v3
+    l2_kib: 512
+    compiler: [clang-17, --target=x86_64-linux-gnu]
+"""
+
+
+def host(preset: str, cpu: str | None = None, without: tuple[str, ...] = ()) -> targets.Host:
+    """A machine with exactly a preset's features, or some fewer."""
+    return targets.Host("x86_64", frozenset(PRESETS[preset].features) - set(without), cpu)
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_levels_add_up() -> None:
+    for lower, higher in pairwise(LEVELS):
+        assert set(PRESETS[lower].features) < set(PRESETS[higher].features)
+        assert PRESETS[lower].vector_bits <= PRESETS[higher].vector_bits
+    assert [PRESETS[name].popcount for name in LEVELS] == ["scalar", "scalar", "avx2", "avx512bw", "vpopcntdq"]
+    assert "popcnt" not in PRESETS["x86-64"].features
+    assert (PRESETS["zen5"].l1_bytes, PRESETS["zen5"].l2_bytes) == (48 * 1024, 1024 * 1024)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_llvm_uses_nothing_that_the_preset_does_not_name(name: str) -> None:
+    """`tvm_target` raises where LLVM might use an extension that the library would not check for."""
+    pytest.importorskip("tvm")
+    target = PRESETS[name].tvm_target()
+    assert target.attrs["mcpu"] == PRESETS[name].mcpu
+    assert target.kind.name == "llvm"
+
+
+def test_features_that_llvm_may_use_must_be_named(tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    path = written(tmp_path, OWN.replace("l2_kib: 512", "mcpu: znver4"))
+    with pytest.raises(HorqError, match="'znver4' may use .*avx512_vpopcntdq.* which `features`"):
+        targets.resolve(f"{path}:board").tvm_target()
+
+
+def test_an_unknown_cpu_is_an_error_and_not_a_generic_one(tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    path = written(tmp_path, OWN.replace("l2_kib: 512", "mcpu: znver55"))
+    with pytest.raises(HorqError, match="no mcpu 'znver55'; accepted: .*znver5"):
+        targets.resolve(f"{path}:board").tvm_target()
+
+
+def test_unknown_name_lists_those_there_are() -> None:
+    with pytest.raises(
+        UsageError, match=r"unknown target 'zen6' \(did you mean zen5\?\); accepted: native, x86-64, .*"
+    ):
+        targets.resolve("zen6")
+    assert targets.names() == ("native", *PRESETS)
+
+
+def test_own_file_extends_a_shipped_target(tmp_path: Path) -> None:
+    path = written(tmp_path, OWN)
+    board = targets.resolve(f"{path}:board")
+    assert board.name == "board"
+    assert board.features == PRESETS["x86-64-v3"].features
+    assert board.l2_bytes == 512 * 1024
+    assert board.compiler == ("clang-17", "--target=x86_64-linux-gnu")
+    assert board.level is None
+    with pytest.raises(UsageError, match=r"unknown target 'bored' in .*own.yaml \(did you mean board\?\)"):
+        targets.resolve(f"{path}:bored")
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("l2_kb: 512", "targets.board: l2_kb: unknown key; accepted: .*l2_kib"),
+        ("popcount: avx3", "targets.board: popcount: .*'vpopcntdq', 'avx512bw', 'avx2' or 'scalar'; found 'avx3'"),
+        ("l2_kib: '512'", "targets.board: l2_kib: .*valid integer; found '512'"),
+        ("l2_kib: 0", "targets.board: l2_kib: .*greater than 0; found 0"),
+        ("vector_bits: 300", "targets.board: vector_bits: .*128, 256 or 512; found 300"),
+        ("family: sparc", "targets.board: family: .*'x86'; found 'sparc'"),
+        ("features: [avx512_vpopcnt]", "unknown CPU feature 'avx512_vpopcnt'; accepted: avx512_vpopcntdq"),
+        ("features: avx2", "targets.board: features: .*found 'avx2'"),
+        (
+            "mattr: [avx512vnni]",
+            r"targets.board: mattr.0: found 'avx512vnni'; accepted: \+ or - and one of .*avx512vnni",
+        ),
+        ("extends: x86-64-v9", "targets.board.extends: unknown target 'x86-64-v9'; accepted: x86-64, .*board"),
+        ("extends: board", "targets.board.extends: board -> board goes round in a circle"),
+        ("family: x86", "targets.board: mtriple: missing"),
+    ],
+)
+def test_a_mistake_names_file_key_and_what_is_accepted(tmp_path: Path, line: str, complaint: str) -> None:
+    text = OWN.replace("l2_kib: 512", line)
+    if line.startswith("extends"):
+        text = text.replace("    extends: x86-64-v3\n", "")
+    if line == "family: x86":
+        text = text.replace("    extends: x86-64-v3\n", "")
+    path = written(tmp_path, text)
+    with pytest.raises(UsageError, match=complaint) as caught:
+        targets.resolve(f"{path}:board")
+    assert str(caught.value).startswith(f"{path}: targets.board")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("version: 2\ntargets: {}\n", "version: .*found 2"),
+        ("verson: 1\ntargets: {}\n", "verson: unknown key; accepted: version, targets"),
+        ("version: 1\ntargets: {a: {}, a: {}}\n", "the key 'a' stands twice"),
+        ("version: 1\ntargets: [\n", "not valid YAML"),
+        ("- x86-64\n", "holds list; accepted: a mapping"),
+    ],
+)
+def test_a_broken_file(tmp_path: Path, text: str, complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        targets.load_presets(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_native_is_the_highest_level_that_fits(name: str) -> None:
+    assert targets.native(PRESETS, host(name)) == PRESETS[name]
+
+
+def test_native_is_the_listed_cpu() -> None:
+    assert targets.native(PRESETS, host("zen5", "znver5")) == PRESETS["zen5"]
+    # Everything a Zen 4 needs is there as well; LLVM's name decides.
+    assert targets.native(PRESETS, host("zen5", "znver4")) == PRESETS["zen4"]
+
+
+def test_native_on_an_unlisted_cpu_takes_its_name_and_features() -> None:
+    pytest.importorskip("tvm")
+    tiger = host("icelake-server", "tigerlake")
+    target = targets.native(PRESETS, tiger)
+    assert (target.name, target.mcpu, target.mattr) == ("native:tigerlake", "tigerlake", ())
+    assert target.popcount == "vpopcntdq"
+    assert set(target.features) <= tiger.flags
+    assert "avx512_bitalg" in target.features
+    target.tvm_target()
+
+
+def test_native_leaves_out_what_a_virtual_machine_masks() -> None:
+    pytest.importorskip("tvm")
+    masked = host("zen5", "znver5", without=("avx_vnni", "gfni"))
+    target = targets.native(PRESETS, masked)
+    assert (target.name, target.popcount) == ("native:znver5", "vpopcntdq")
+    assert set(target.mattr) == {"-avxvnni", "-gfni"}
+    assert not target.missing_on(masked.flags)
+    target.tvm_target()
+
+
+def test_native_without_avx512_on_a_cpu_that_has_it() -> None:
+    pytest.importorskip("tvm")
+    flags = frozenset(flag for flag in PRESETS["zen4"].features if not flag.startswith("avx512"))
+    target = targets.native(PRESETS, targets.Host("x86_64", flags, "znver4"))
+    assert (target.popcount, target.vector_bits) == ("avx2", 256)
+    assert "-avx512f" in target.mattr
+    assert not [flag for flag in target.features if flag.startswith("avx512")]
+    target.tvm_target()
+
+
+def test_native_trusts_flags_over_a_lesser_name() -> None:
+    pytest.importorskip("tvm")
+    assert targets.native(PRESETS, host("x86-64-v4", "haswell")) == PRESETS["x86-64-v4"]
+
+
+def test_native_where_there_is_no_preset() -> None:
+    with pytest.raises(HorqError, match="native: no preset for this machine .aarch64"):
+        targets.native(PRESETS, targets.Host("aarch64", frozenset({"asimd"}), "cortex-a76"))
+
+
+def test_native_on_this_machine_can_run_here() -> None:
+    here = targets.this_host()
+    if here.machine != "x86_64":
+        pytest.skip("presets are x86's")
+    assert not targets.resolve("native").missing_on(here.flags)
