@@ -1,0 +1,91 @@
+"""What schedule rules ask of a kernel's blocks, whatever the target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from tvm import s_tir, tirx
+
+Sch = s_tir.Schedule
+Block = s_tir.schedule.SBlockRV
+Loop = s_tir.schedule.LoopRV
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The top blocks of a function in order, and which of them reduce."""
+
+    sch: Sch
+    blocks: tuple[Block, ...]
+
+    @classmethod
+    def of(cls, sch: Sch) -> Kernel:
+        return cls(sch, tuple(sch.get_child_blocks(sch.get_sblock("root"))))
+
+    @property
+    def reductions(self) -> tuple[Block, ...]:
+        return tuple(b for b in self.blocks if is_reduction(self.sch, b))
+
+
+def name(sch: Sch, block: Block) -> str:
+    return str(sch.get(block).name_hint)
+
+
+def is_reduction(sch: Sch, block: Block) -> bool:
+    return any(int(v.iter_type) == tirx.IterVar.CommReduce for v in sch.get(block).iter_vars)
+
+
+def packs(sch: Sch, block: Block) -> bool:
+    """Whether this block packs bits: it reads vectors, so nothing can be inlined into it."""
+    return name(sch, block).startswith("pack")
+
+
+def spatial_extents(sch: Sch, block: Block) -> tuple[int, ...]:
+    """Extents of the block's spatial axes."""
+    return tuple(int(v.dom.extent) for v in sch.get(block).iter_vars if int(v.iter_type) == tirx.IterVar.DataPar)
+
+
+def work(sch: Sch, block: Block) -> int:
+    """How often the block's body runs."""
+    return prod(int(v.dom.extent) for v in sch.get(block).iter_vars)
+
+
+def function(sch: Sch) -> tirx.PrimFunc:
+    """The one function that is being scheduled."""
+    (func,) = sch.mod.functions.values()
+    return func
+
+
+def writes_output(sch: Sch, block: Block) -> bool:
+    """Whether the block writes one of the function's own buffers, so that it must stay."""
+    return any(region.source.same_as(param) for region in sch.get(block).writes for param in function(sch).params)
+
+
+def fuse_start(sch: Sch, reduction: Block) -> None:
+    """Sets a popcount's accumulators to their border constants, where a `start` block adds these afterwards."""
+    for consumer in sch.get_consumers(reduction):
+        if name(sch, consumer).startswith("start"):
+            sch.fuse_reduction_epilogue(reduction, consumer)
+
+
+def vectorize(sch: Sch, loop: Loop) -> None:
+    if int(sch.get(loop).extent) > 1:
+        sch.vectorize(loop)
+
+
+def inline_elementwise(sch: Sch) -> list[Block]:
+    """Inlines every elementwise block into its consumers, but for those that write an output or that a pack reads.
+
+    Returns what is left besides the reductions, in order: the first is the tile's master, the rest follow it.
+    """
+    kept: list[Block] = []
+    for block in Kernel.of(sch).blocks:
+        if is_reduction(sch, block):
+            continue
+        feeds_pack = any(packs(sch, consumer) for consumer in sch.get_consumers(block))
+        if packs(sch, block) or feeds_pack or writes_output(sch, block):
+            kept.append(block)
+        else:
+            sch.compute_inline(block)
+    return kept

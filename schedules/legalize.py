@@ -1,0 +1,89 @@
+"""From a packed op to its algorithm: what `LegalizeOps` calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from tvm import relax
+from tvm.relax import BlockBuilder
+
+from horq_tvm.ops import Geometry, shape_of
+
+from . import conv2d as float_conv
+from .binarize import Binarization, binarize
+from .bitserial import Bitserial, bitserial
+from .scales import patch_scales, sample_scales
+
+Legalize = Callable[[BlockBuilder, relax.Call], relax.Expr]
+
+
+def _binarize(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+    x, beta = call.args
+    n, h, w, c = shape_of(x)
+    spec = Binarization(
+        (n, h, w, c),
+        shape_of(beta),
+        int(call.attrs["order"]),
+        int(call.attrs["first"]),
+        str(call.attrs["scale"]),
+        Geometry.of(call.attrs),
+    )
+    return relax.call_tir(builder.add_func(binarize(spec), "binarize"), [x, beta], out_ty=call.ty)
+
+
+def _scales(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+    (x,) = call.args
+    n, h, w, c = shape_of(x)
+    order = int(call.attrs["order"])
+    if call.attrs["scale"] == "sample":
+        flat = builder.emit(relax.op.reshape(x, (n, h * w * c)))
+        kernel = builder.add_func(sample_scales(n, h * w * c, order), "scales_sample")
+        return relax.call_tir(kernel, [flat], out_ty=call.ty)
+    kernel = builder.add_func(patch_scales((n, h, w, c), order, Geometry.of(call.attrs)), "scales_patch")
+    return relax.call_tir(kernel, [x], out_ty=call.ty)
+
+
+def _pad_planes(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+    top, left, bottom, right = (int(v) for v in call.attrs["padding"])
+    return builder.call_te(
+        float_conv.pad, call.args[0], padding=(top, left, bottom, right), primfunc_name_hint="pad_planes"
+    )
+
+
+def _packed_bitserial(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+    rows, columns = call.attrs["rows"], call.attrs["columns"]
+    spec = Bitserial(
+        geometry=Geometry.of(call.attrs),
+        channels=int(call.attrs["channels"]),
+        order=int(call.attrs["order"]),
+        first=int(call.attrs["first"]),
+        scale=str(call.attrs["scale"]),
+        halved=bool(call.attrs["halved"]),
+        rows=(int(rows[0]), int(rows[1])),
+        columns=(int(columns[0]), int(columns[1])),
+    )
+    return builder.call_te(lambda *operands: bitserial(spec, *operands), *call.args, primfunc_name_hint="bitserial")
+
+
+def _packed_conv2d(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+    geometry, channels = Geometry.of(call.attrs), int(call.attrs["channels"])
+    return builder.call_te(
+        lambda x, w: float_conv.conv2d(x, w, geometry, channels), *call.args, primfunc_name_hint="conv2d"
+    )
+
+
+def _packed_depthwise(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+    geometry = Geometry.of(call.attrs)
+    return builder.call_te(
+        lambda x, w: float_conv.depthwise(x, w, geometry), *call.args, primfunc_name_hint="depthwise"
+    )
+
+
+LEGALIZE: Mapping[str, Legalize] = {
+    "horq.binarize": _binarize,
+    "horq.scales": _scales,
+    "horq.pad_planes": _pad_planes,
+    "horq.packed_bitserial": _packed_bitserial,
+    "horq.packed_conv2d": _packed_conv2d,
+    "horq.packed_depthwise": _packed_depthwise,
+}

@@ -1,0 +1,95 @@
+"""Schedule rules for x86. Each takes a PrimFunc and returns its schedule, or None: not mine. First match wins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm import s_tir, tirx
+
+from horq_tvm.targets import Target
+
+from . import blocks
+from .tile import Loop, Tile, choose
+
+Rule = Callable[[tirx.PrimFunc, Target], "s_tir.Schedule | None"]
+
+PARALLEL_WORK = 1 << 16  # inner operations under which sharing a kernel out costs more than it brings
+
+
+def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
+    """Bitserial and float convolutions with their epilogue, and the next layer's planes, in one tile nest."""
+    sch = s_tir.Schedule(func)
+    kernel = blocks.Kernel.of(sch)
+    reductions = [b for b in kernel.reductions if blocks.name(sch, b).startswith(("popcount", "multiply"))]
+    if not reductions:
+        return None
+    popcount = blocks.name(sch, reductions[0]).startswith("popcount")
+    for block in reductions:
+        blocks.fuse_start(sch, block)
+    kept = blocks.inline_elementwise(sch)
+    master, followers = kept[0], kept[1:]
+    _, height, width, groups, per_group, lanes = blocks.spatial_extents(sch, reductions[0])
+    packs = [b for b in followers if blocks.packs(sch, b)]
+    loop = Loop(
+        height=height,
+        width=width,
+        blocks=per_group,
+        lanes=lanes,
+        registers=target.vector_registers - (2 if popcount and target.popcount != "vpopcntdq" else 0),
+        latency=8,
+        q_multiple=max(1, 32 // lanes) if packs else 1,
+        per_step=0.75 if popcount else 0.5,
+    )
+    tile = choose(loop)
+    work = blocks.work(sch, reductions[0])
+
+    n, y, x, f = sch.get_loops(master)
+    channels = int(sch.get(f).extent)
+    g, fo, fq, fv = sch.split(f, [groups, None, tile.q, lanes])
+    xo, xi = sch.split(x, [None, tile.px])
+    yo, yi = sch.split(y, [None, tile.rows])
+    sch.reorder(n, yo, g, fo, yi, xo, xi, fq, fv)
+    if width % tile.px:
+        sch.annotate(xo, "pragma_loop_partition_hint", 1)
+    if channels % (groups * tile.q * lanes):
+        sch.annotate(fo, "pragma_loop_partition_hint", 1)
+    outer = sch.fuse(n, yo)
+    if work >= PARALLEL_WORK:
+        sch.parallel(outer if int(sch.get(outer).extent) > 1 else sch.fuse(g, fo))
+    for block in reductions:
+        _accumulate(sch, block, xo)
+    blocks.vectorize(sch, fv)
+    sch.unroll(xi)
+    sch.unroll(fq)
+    for block in followers:
+        _follow(sch, block, xo, tile, lanes)
+    return sch
+
+
+def _accumulate(sch: s_tir.Schedule, block: s_tir.SBlockRV, at: s_tir.LoopRV) -> None:
+    """One plane's (or the float) reduction inside a tile: pixels and vectors unrolled, lanes vectorised."""
+    sch.compute_at(block, at, preserve_unit_loops=True)
+    _, _, x, _, b, v, ry, rx, rc = sch.get_loops(block)[-9:]
+    sch.reorder(ry, rx, rc, x, b, v)
+    blocks.vectorize(sch, v)  # before the reduction is split: afterwards neither half is a reduction to TVM
+    sch.unroll(x)
+    sch.unroll(b)
+    init = sch.decompose_reduction(block, ry)
+    *_, x, b, v = sch.get_loops(init)
+    blocks.vectorize(sch, v)
+    sch.unroll(x)
+    sch.unroll(b)
+
+
+def _follow(sch: s_tir.Schedule, block: s_tir.SBlockRV, at: s_tir.LoopRV, tile: Tile, lanes: int) -> None:
+    """A later block of the epilogue, or the packing of the next layer's planes, inside the tile."""
+    sch.reverse_compute_at(block, at, preserve_unit_loops=True)
+    if blocks.packs(sch, block):
+        for loop in sch.get_loops(block)[-6:]:
+            sch.unroll(loop)
+        return
+    *_, x, f = sch.get_loops(block)
+    fq, fv = sch.split(f, [None, lanes])
+    sch.unroll(x)
+    sch.unroll(fq)
+    blocks.vectorize(sch, fv)
