@@ -97,7 +97,8 @@ def check_nodes(model: onnx.ModelProto) -> None:
             try:
                 onnx.checker.check_node(node, context)
             except onnx.checker.ValidationError as error:
-                raise HorqError(f"{node.op_type} (node {label(node)!r}): not valid ONNX ({_first_line(error)})") from error
+                reason = _first_line(error)
+                raise HorqError(f"{node.op_type} (node {label(node)!r}): not valid ONNX ({reason})") from error
 
 
 def model_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
