@@ -191,3 +191,12 @@ def test_native_on_this_machine_can_run_here() -> None:
     if here.machine != "x86_64":
         pytest.skip("presets are x86's")
     assert not targets.resolve("native").missing_on(here.flags)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_library_can_check_every_feature(name: str) -> None:
+    pytest.importorskip("tvm")
+    from horq_tvm.emit.cpu_features import questions
+
+    asked = questions(PRESETS[name].family, PRESETS[name].features)
+    assert tuple(feature for feature, _ in asked) == PRESETS[name].features

@@ -12,6 +12,7 @@ from horq_tvm.cli import common
 from horq_tvm.errors import UsageError
 
 if TYPE_CHECKING:
+    from horq_tvm.manifest import LayerRecord
     from horq_tvm.peers import Peer
     from horq_tvm.timing import Timing
 
@@ -94,9 +95,7 @@ def _measure(
         "threads": arguments.threads,
         "batch": model.inputs[0].shape[0] if model.inputs and model.inputs[0].shape else 1,
     }
-    records = [
-        {**common_fields, "engine": ENGINE, **_setting(model.manifest.to_json()["layers"]), **_times(timings[0])}
-    ]
+    records = [{**common_fields, "engine": ENGINE, **_setting(model.manifest.layers), **_times(timings[0])}]
     fastest: dict[str, tuple[Timing, Peer]] = {}
     for rival, time in zip(rivals, timings[1:], strict=True):
         if rival.engine not in fastest or time.median_ms < fastest[rival.engine][0].median_ms:
@@ -108,10 +107,10 @@ def _measure(
     return records
 
 
-def _setting(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _setting(layers: Sequence[LayerRecord]) -> dict[str, Any]:
     """Order and scale where the library's binary layers agree on one, else null."""
-    orders = {layer["order"] for layer in layers if layer["order"] is not None}
-    scales = {layer["scale"] for layer in layers if layer["scale"] is not None}
+    orders = {layer.order for layer in layers if layer.order is not None}
+    scales = {layer.scale for layer in layers if layer.scale is not None}
     return {
         "order": orders.pop() if len(orders) == 1 else None,
         "scale": scales.pop() if len(scales) == 1 else None,

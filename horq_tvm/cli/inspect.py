@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the manifest."""
     from horq_tvm.runtime.loader import read_manifest
 
-    manifest = read_manifest(arguments.library).to_json()
+    manifest = read_manifest(arguments.library).to_dict()
     if arguments.json is not None:
         common.write_json(arguments.json, manifest)
     if arguments.json != "-":
@@ -38,7 +38,7 @@ def describe(manifest: Mapping[str, Any]) -> str:
     layers = manifest["layers"]
     rewritten = [layer for layer in layers if layer["order"] is not None]
     lines = [
-        f"target    {manifest['target']} (horq-tvm {manifest['version']})",
+        f"target    {manifest['target']}",
         f"needs     {' '.join(manifest['cpu_features']) or 'no particular CPU features'}",
         *_tensors("input", manifest["inputs"]),
         *_tensors("output", manifest["outputs"]),
