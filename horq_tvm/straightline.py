@@ -30,8 +30,8 @@ for _error in (HorqError, UsageError):
 
 
 def constant(array: Array) -> relax.Expr:
-    """A Relax constant of the array's own dtype and shape."""
-    return relax.const(np.ascontiguousarray(array), str(array.dtype))
+    """A Relax constant of the array's own dtype and shape; `relax.const` by itself makes int32 of int64."""
+    return relax.const(np.require(array, requirements="C"), str(array.dtype))
 
 
 def array_of(expr: relax.Expr) -> Array | None:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tvm import ir, relax
+from tvm import relax
 
 from .. import ops
 from ..errors import HorqError
 from ..specs import MAX_ORDER, SCALES, LayerConfig
+from ..straightline import Array, array_of, constant
 from .imported import static_shape
 
 Emit = Callable[[relax.Expr], relax.Var]
@@ -36,9 +37,9 @@ class Window:
         return Window((1, *self.strides), (0, begin, 0, end), (1, *self.dilation), self.groups)
 
 
-def array(expr: relax.Expr | None) -> np.ndarray | None:
-    """The value of a constant expression, None for any other."""
-    return expr.value.numpy() if isinstance(expr, ir.GenericConst) else None
+def array(expr: relax.Expr | None) -> Array | None:
+    """The value of a constant expression, None for any other and for an operand that is left out."""
+    return None if expr is None else array_of(expr)
 
 
 def rank(expr: relax.Expr) -> int:
@@ -58,7 +59,7 @@ def reshape(emit: Emit, expr: relax.Expr, new_shape: Sequence[int]) -> relax.Exp
     """`expr` in another shape; a constant at once."""
     value = array(expr)
     if value is not None:
-        return relax.const(value.reshape(tuple(new_shape)))
+        return constant(value.reshape(tuple(new_shape)))
     return emit(relax.op.reshape(expr, tuple(new_shape)))
 
 
@@ -66,7 +67,7 @@ def transpose(emit: Emit, expr: relax.Expr, axes: Sequence[int]) -> relax.Expr:
     """`expr` with its axes permuted; a constant at once."""
     value = array(expr)
     if value is not None:
-        return relax.const(np.ascontiguousarray(value.transpose(tuple(axes))))
+        return constant(value.transpose(tuple(axes)))
     return emit(relax.op.permute_dims(expr, list(axes)))
 
 
@@ -139,8 +140,8 @@ def batch_norm(
     scale = (1.0 if g is None else g) / np.sqrt(var + epsilon)
     shift = (0.0 if b is None else b) - mu * scale
     dtype = str(x.ty.dtype.dtype)
-    scaled = emit(relax.op.multiply(x, per_channel(emit, relax.const(scale.astype(dtype)), rank(x))))
-    return emit(relax.op.add(scaled, per_channel(emit, relax.const(shift.astype(dtype)), rank(x))))
+    scaled = emit(relax.op.multiply(x, per_channel(emit, constant(scale.astype(dtype)), rank(x))))
+    return emit(relax.op.add(scaled, per_channel(emit, constant(shift.astype(dtype)), rank(x))))
 
 
 def trained_config(name: str, order: int, scale: str, weight: relax.Expr, beta: relax.Expr | None) -> LayerConfig:

@@ -16,6 +16,7 @@ from tvm import relax
 
 from ...errors import HorqError
 from ...specs import LayerConfig
+from ...straightline import Array, constant
 from .. import layers
 from ..layers import Window
 
@@ -39,7 +40,7 @@ class Node:
             raise HorqError(f"found no input {index}; accepted is a tensor")
         return value
 
-    def constant(self, index: int, what: str) -> np.ndarray | None:
+    def constant(self, index: int, what: str) -> Array | None:
         """The value of an optional input that must be constant, None if it is absent or empty."""
         if self.inputs[index] is None:
             return None
@@ -114,9 +115,9 @@ def gemm(node: Node) -> relax.Expr:
         value = layers.array(addend)
         factor = np.float32(beta)
         addend = (
-            node.emit(relax.op.multiply(addend, relax.const(factor)))
+            node.emit(relax.op.multiply(addend, relax.const(factor, "float32")))
             if value is None
-            else relax.const((value * factor).astype("float32"))
+            else constant((value * factor).astype("float32"))
         )
     return node.emit(relax.op.add(y, addend))
 

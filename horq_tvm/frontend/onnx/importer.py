@@ -15,6 +15,7 @@ from tvm.relax.frontend.onnx import onnx_frontend
 
 from ...errors import HorqError
 from ...specs import LayerConfig
+from ...straightline import Array, constant
 from ..imported import ImportedModel, result_specs, static_shape, tensor_spec
 from . import model as onnx_model
 from .converters import CONVERTERS, Node
@@ -44,7 +45,11 @@ def import_onnx(
     importer = _GraphImporter(proto)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TVM warns that it renames inputs; `inputs` keeps the model's names
-        mod = importer.from_onnx(proto.graph, opset)
+        try:
+            mod = importer.from_onnx(proto.graph, opset)
+        finally:
+            if importer.broken:
+                importer.bb._end_block()  # TVM would log to standard error that it was left open
     mod["main"] = mod["main"].without_attr("num_input")
     specs = tuple(tensor_spec(i.name, p) for i, p in zip(inputs, mod["main"].params, strict=True))
     return ImportedModel(mod, specs, result_specs(mod, [o.name for o in proto.graph.output]), importer.trained)
@@ -60,9 +65,14 @@ class _GraphImporter(onnx_frontend.ONNXGraphImporter):
     def __init__(self, proto: onnx.ModelProto) -> None:
         super().__init__(shape_dict={}, dtype_dict={}, keep_params_in_input=False, sanitize=True)
         self.trained: dict[str, LayerConfig] = {}
+        self.broken = False
         self._opsets = list(proto.opset_import)
         self._used = {name for node in proto.graph.node for name in node.input}
         self._used.update(output.name for output in proto.graph.output)
+
+    def _parse_graph_initializers(self, graph: onnx.GraphProto) -> None:
+        for tensor in graph.initializer:
+            self._nodes[tensor.name] = constant(onnx.numpy_helper.to_array(tensor))
 
     def _check_for_unsupported_ops(self, graph: onnx.GraphProto) -> None:
         """Done before, with node names."""
@@ -72,6 +82,7 @@ class _GraphImporter(onnx_frontend.ONNXGraphImporter):
             try:
                 results = self._convert(node)
             except Exception as error:
+                self.broken = True
                 reason = str(error).strip().splitlines()
                 raise HorqError(
                     f"{node.op_type} (node {node.name!r}) cannot be compiled: "
@@ -126,7 +137,7 @@ class _GraphImporter(onnx_frontend.ONNXGraphImporter):
         if isinstance(expr, relax.Var | tvm.ir.GenericConst):
             return expr
         if isinstance(expr, relax.ShapeExpr):
-            return relax.const(np.array([int(extent) for extent in expr.values], "int64"))
+            return constant(np.array([int(extent) for extent in expr.values], "int64"))
         return self.bb.emit(expr)
 
     def _fold(self, node: onnx.NodeProto, inputs: list[relax.Expr | None]) -> list[relax.Expr] | None:
@@ -134,7 +145,7 @@ class _GraphImporter(onnx_frontend.ONNXGraphImporter):
         if node.op_type == "Shape" and not node.domain:
             attrs = _attributes(node)
             extents = np.array(static_shape(inputs[0]), "int64")
-            return [relax.const(extents[attrs.get("start", 0) : attrs.get("end", len(extents))])]
+            return [constant(extents[attrs.get("start", 0) : attrs.get("end", len(extents))])]
         known = [value for value in inputs if value is not None]
         if not known and node.op_type != "Constant":
             return None
@@ -142,9 +153,9 @@ class _GraphImporter(onnx_frontend.ONNXGraphImporter):
             return None
         if node.domain not in ("", "ai.onnx"):
             return None
-        return [relax.const(value) for value in self._evaluate(node, [value.value.numpy() for value in known])]
+        return [constant(value) for value in self._evaluate(node, [value.value.numpy() for value in known])]
 
-    def _evaluate(self, node: onnx.NodeProto, values: list[np.ndarray]) -> list[np.ndarray]:
+    def _evaluate(self, node: onnx.NodeProto, values: list[Array]) -> list[Array]:
         """Runs one node by ONNX's reference implementation."""
         names = [name for name in node.input if name]
         feeds = dict(zip(names, values, strict=True))
@@ -156,7 +167,7 @@ class _GraphImporter(onnx_frontend.ONNXGraphImporter):
         graph = onnx.helper.make_graph([node], node.name, declared, wanted)
         single = onnx.helper.make_model(graph, opset_imports=self._opsets)
         results = onnx.reference.ReferenceEvaluator(single).run(None, feeds)
-        return [np.ascontiguousarray(value).reshape(np.shape(value)) for value in results]
+        return [np.asarray(value) for value in results]
 
 
 def _is_given(attribute: onnx.AttributeProto) -> bool:
