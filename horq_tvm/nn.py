@@ -36,7 +36,7 @@ from horq_tvm.torch_ops import (
 # The least β of `static`. A plane of β = 0 would be dead, and one of β < 0 would undo the plane before it.
 MIN_BETA = 1e-6
 # So many values of the first batch are enough to fit K numbers to, and the fit stays a matter of milliseconds.
-_FIT_VALUES = 1 << 18
+_FIT_VALUES = 1 << 16
 
 
 class HorqConv2d(nn.Module):
@@ -53,7 +53,7 @@ class HorqConv2d(nn.Module):
     does not belong on `beta`.
 
     Raises:
-        UsageError: an order, a scale or a geometry that there is not; in eval, `static` before its first training batch.
+        UsageError: an order, a scale or a geometry that there is not; in eval, `static` without a training batch yet.
     """
 
     weight: nn.Parameter | None
@@ -213,8 +213,8 @@ class _ResidualQuantise(torch.autograd.Function):
     """X̂ = Σ β_i·H_i of x[N, ...] with beta[K] or [K, N]; the straight-through estimator of the whole quantiser.
 
     ∂X̂/∂X = 1 where |X| <= Σ β_i + β_K, else 0: the outermost level is Σ β_i, and what lies within β_K of it is still
-    rounded to it rather than cut off. ∂X̂/∂β_i = H_i, the signs held fixed. A β of less than MIN_BETA counts as MIN_BETA,
-    and a gradient that would lower it further is dropped.
+    rounded to it rather than cut off. ∂X̂/∂β_i = H_i, the signs held fixed. A β below MIN_BETA counts as MIN_BETA, and a
+    gradient that would lower it further is dropped.
     """
 
     @staticmethod
@@ -224,7 +224,7 @@ class _ResidualQuantise(torch.autograd.Function):
         return _weighted_planes(x, beta)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, raw = ctx.saved_tensors
         beta = raw.clamp(min=MIN_BETA) if raw.dim() == 1 else raw
         grad_x = grad_beta = None
@@ -256,7 +256,7 @@ class _Sign(torch.autograd.Function):
         return sign(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (weight,) = ctx.saved_tensors
         return grad * (weight.abs() <= 1)
 

@@ -1,7 +1,7 @@
 """HORQ layers as PyTorch operators: what `torch.export` keeps as one node, and the arithmetic that training shares.
 
-Importing this module registers `torch.ops.horq.horq_conv2d` and `torch.ops.horq.horq_linear` (docs/architecture.md; the
-schemas are fixed). Both are the inference form: weights are ±1 already, α and β are given, and each plane is convolved by
+Importing this module registers `torch.ops.horq.horq_conv2d` and `torch.ops.horq.horq_linear`, whose schemas are part of
+the file formats. Both are the inference form: weights are ±1 already, α and β are given, and each plane is convolved by
 itself, so that S_i is an exact integer. They have no gradient; `horq_tvm.nn` trains.
 """
 
