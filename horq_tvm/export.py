@@ -27,10 +27,8 @@ from horq_tvm import onnx_functions
 from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.nn import freeze
 
-_DOMAIN = "horq"
 # What a plan may speak of: these, and the HORQ nodes.
 _NAMED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_IR_VERSION = 10  # the first with overloads of a function
 _PROTOBUF_LIMIT = 1 << 31
 
 
@@ -98,7 +96,7 @@ def to_onnx(
     _name_layers(graph_model.graph)
     optimizer.fold_constants(graph_model)
     optimizer.remove_unused_nodes(graph_model)
-    _finish(graph_model)
+    _strip_metadata(graph_model)
     proto = onnx_functions.add_functions(ir.to_proto(graph_model))
     _write(proto, Path(path))
     return proto
@@ -127,11 +125,11 @@ def _operator(name: str, **attributes: str) -> onnxscript.values.Op:
     Schema = onnx.defs.OpSchema
     optional = Schema.FormalParameterOption.Optional
     return onnxscript.values.Op(
-        onnxscript.values.Opset(_DOMAIN, 1),
+        onnxscript.values.Opset(onnx_functions.DOMAIN, 1),
         name,
         Schema(
             name,
-            _DOMAIN,
+            onnx_functions.DOMAIN,
             1,
             inputs=[
                 *(Schema.FormalParameter(operand, "T") for operand in ("X", "W", "alpha")),
@@ -150,7 +148,7 @@ def _name_layers(graph: ir.Graph) -> None:
     """Name the nodes a plan may speak of after the modules they come from."""
     seen: Counter[str] = Counter()
     for node in graph:
-        if node.domain != _DOMAIN and node.op_type not in _NAMED_OPS:
+        if node.domain != onnx_functions.DOMAIN and node.op_type not in _NAMED_OPS:
             continue
         # ["", "layer1", "layer1.0", "layer1.0.conv1", <the torch node>]
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
@@ -160,18 +158,15 @@ def _name_layers(graph: ir.Graph) -> None:
             seen[name] += 1
 
 
-def _finish(model: ir.Model) -> None:
-    """Choose each HORQ node's overload, and leave out what speaks of the exporting machine, as stack traces do."""
+def _strip_metadata(model: ir.Model) -> None:
+    """Leave out what speaks of the exporting machine, as stack traces do."""
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
-        if node.domain == _DOMAIN:
-            node.overload = f"{node.attributes['scale'].as_string()}_{node.attributes['order'].as_int()}"
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
-    model.ir_version = _IR_VERSION
 
 
 def _write(proto: onnx.ModelProto, path: Path) -> None:
