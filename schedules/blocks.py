@@ -46,6 +46,20 @@ def spatial_extents(sch: Sch, block: Block) -> tuple[int, ...]:
     return tuple(int(v.dom.extent) for v in sch.get(block).iter_vars if int(v.iter_type) == tirx.IterVar.DataPar)
 
 
+def keeps_last_axis(sch: Sch, block: Block) -> bool:
+    """Whether a reduction reads and writes its last spatial axis as the last index: vectors load and store whole."""
+    node = sch.get(block)
+    spatial = [v for v in node.iter_vars if int(v.iter_type) == tirx.IterVar.DataPar]
+    if not spatial or int(spatial[-1].dom.extent) == 1:
+        return False
+    last = spatial[-1].var
+    written = node.writes[0].region
+    if not written[len(written) - 1].min.same_as(last):
+        return False
+    sources = [r.region for r in node.reads if not r.source.same_as(node.writes[0].source)]
+    return all(region[len(region) - 1].min.same_as(last) for region in sources)
+
+
 def work(sch: Sch, block: Block) -> int:
     """How often the block's body runs."""
     return prod(int(v.dom.extent) for v in sch.get(block).iter_vars)

@@ -93,3 +93,109 @@ def _follow(sch: s_tir.Schedule, block: s_tir.SBlockRV, at: s_tir.LoopRV, tile: 
     sch.unroll(x)
     sch.unroll(fq)
     blocks.vectorize(sch, fv)
+
+
+def window_reduction(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
+    """Depthwise convolution, pooling and means over space: channels last and untouched, so they are the vector."""
+    sch = s_tir.Schedule(func)
+    reductions = blocks.Kernel.of(sch).reductions
+    if len(reductions) != 1 or not blocks.keeps_last_axis(sch, reductions[0]):
+        return None
+    (reduction,) = reductions
+    lanes = target.vector_bits // 32
+    kept = [b for b in blocks.inline_elementwise(sch) if not b.same_as(reduction)]
+    if any(blocks.packs(sch, b) for b in kept) or len(kept) > 1:
+        return None
+    master = kept[0] if kept else reduction
+    loops = sch.get_loops(master)
+    spatial = loops[: len(blocks.spatial_extents(sch, master))]
+    *outer, c = spatial
+    channels = int(sch.get(c).extent)
+    co, cv = sch.split(c, [None, min(lanes, channels)])
+    if channels % min(lanes, channels):
+        sch.annotate(co, "pragma_loop_partition_hint", 1)
+    top = sch.fuse(*outer) if outer else co
+    if blocks.work(sch, reduction) >= PARALLEL_WORK and outer:
+        sch.parallel(top)
+    if kept:
+        sch.compute_at(reduction, co, preserve_unit_loops=True)
+        blocks.vectorize(sch, cv)
+        inner = sch.get_loops(reduction)
+        count = len(blocks.spatial_extents(sch, reduction))
+        axes = inner[-(len(sch.get(reduction).iter_vars)) :]
+        cv, reduced = axes[count - 1], axes[count:]
+    else:
+        reduced = sch.get_loops(reduction)[-(len(loops) - len(spatial)) :]
+    sch.reorder(*reduced, cv)
+    blocks.vectorize(sch, cv)
+    init = sch.decompose_reduction(reduction, reduced[0])
+    blocks.vectorize(sch, sch.get_loops(init)[-1])
+    return sch
+
+
+def packing(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
+    """A binarisation by itself, with what comes before it computed word by word."""
+    sch = s_tir.Schedule(func)
+    kernel = blocks.Kernel.of(sch)
+    packs = [b for b in kernel.blocks if blocks.packs(sch, b)]
+    if not packs or kernel.reductions:
+        return None
+    for block in blocks.inline_elementwise(sch):
+        if blocks.packs(sch, block):
+            n, y, *_ = sch.get_loops(block)
+            outer = sch.fuse(n, y)
+            if blocks.work(sch, block) * 32 >= PARALLEL_WORK:
+                sch.parallel(outer)
+        elif blocks.writes_output(sch, block):
+            _map(sch, block, target)
+        elif len(packs) == 1:
+            sch.compute_at(block, sch.get_loops(packs[0])[-1])
+            blocks.vectorize(sch, sch.get_loops(block)[-1])
+        else:
+            return None
+    return sch
+
+
+def elementwise(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
+    """Maps, pads, transposes, concatenations: rows in parallel, the last axis in vectors."""
+    sch = s_tir.Schedule(func)
+    kernel = blocks.Kernel.of(sch)
+    if kernel.reductions or any(blocks.packs(sch, b) for b in kernel.blocks):
+        return None
+    for block in blocks.inline_elementwise(sch):
+        _map(sch, block, target)
+    return sch
+
+
+def _map(sch: s_tir.Schedule, block: s_tir.SBlockRV, target: Target) -> None:
+    """One elementwise block: outer axes fused and parallel, inner axis in vectors where it divides."""
+    loops = sch.get_loops(block)
+    if not loops:
+        return
+    *outer, last = loops
+    extent, lanes = int(sch.get(last).extent), target.vector_bits // 32
+    if extent % lanes == 0:
+        rest, inner = sch.split(last, [None, lanes])
+        sch.vectorize(inner)
+        outer = [*outer, rest] if not outer else outer
+    if outer:
+        top = sch.fuse(*outer)
+        if blocks.work(sch, block) >= PARALLEL_WORK:
+            sch.parallel(top)
+
+
+def plain(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
+    """Whatever is left (softmax, a product of two activations, bits of odd widths): loops as they are, rows parallel.
+
+    Intermediate tensors stay; `ScheduleKernels` hands them in from outside.
+    """
+    sch = s_tir.Schedule(func)
+    for block in blocks.Kernel.of(sch).blocks:
+        loops = sch.get_loops(block)
+        spatial = loops[: len(blocks.spatial_extents(sch, block))] if len(loops) > 1 else []
+        if spatial and blocks.work(sch, block) >= PARALLEL_WORK:
+            sch.parallel(spatial[0])
+    return sch
+
+
+RULES: tuple[Rule, ...] = (direct_convolution, window_reduction, packing, elementwise, plain)

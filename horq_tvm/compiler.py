@@ -1,0 +1,219 @@
+"""`horq_tvm.build`: a model in, a compiled model out."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tvm
+
+from . import agreement, calibration, layers, pipeline, targets
+from .emit import standalone
+from .errors import UsageError
+from .frontend import ImportedModel
+from .manifest import LayerRecord, Manifest
+from .plan import Plan, load_plan
+from .relay_passes.fold_constant_plane import relu_fed_layers
+from .relay_passes.rewrite_layers import TAP_NAMES
+from .runtime.loader import LoadedModel, load
+from .specs import LayerConfig, TensorSpec
+from .straightline import fields_of, read_main
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+Progress = Callable[[str], None]
+TRAINING = "docs/accuracy.md says how to train for HORQ"
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """A library in a temporary folder; `export` puts it where it shall stay."""
+
+    library: Path
+    report: Mapping[str, Any]
+    _folder: tempfile.TemporaryDirectory[str]
+
+    def export(self, path: str | Path) -> Path:
+        """Copies the library to `path`, under a temporary name first. HorqError where the path is not writable."""
+        from .emit.link import replacing
+
+        out = Path(path).absolute()
+        with replacing(out) as partial:
+            shutil.copy(self.library, partial)
+        return out
+
+    def load(self, threads: int = 1) -> LoadedModel:
+        """The library, loaded; see `horq_tvm.load`."""
+        return load(self.library, threads=threads)
+
+    def __call__(self, *arrays: np.ndarray, **named: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs the model once; see `LoadedModel`."""
+        return self.load()(*arrays, **named)
+
+
+def build(
+    model: str | Path | onnx.ModelProto | torch.nn.Module | torch.export.ExportedProgram,
+    target: str | targets.Target = "native",
+    *,
+    order: int | str | None = None,
+    scale: str | None = None,
+    plan: str | Path | Mapping[str, Any] | Plan | None = None,
+    calibration: Mapping[str, np.ndarray] | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    taps: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """Compiles a CNN for a target.
+
+    Args:
+        model: an .onnx or .pt2 path, an ONNX proto, an nn.Module (with `example_inputs`) or an ExportedProgram.
+        target: a name of `horq-tvm targets`, or a Target.
+        order: planes K of an activation, 1 to 8, or "float" to rewrite nothing. Unless given, 2, and layers beside a
+            model's own HORQ nodes stay float.
+        scale: `patch`, `sample` or `static`; unless given, `sample`.
+        plan: the per-layer plan of interface.md, as a path, a dict or a Plan.
+        calibration: arrays by input name, axis 0 the samples; `static` layers without betas are fitted to it.
+        input_shapes: shapes of inputs that the model leaves dynamic.
+        taps: layers whose input, β, planes and output become outputs of the library.
+        progress: called with what is being done.
+
+    Raises:
+        UsageError: a mistake in the call. HorqError: a model that cannot be read or compiled.
+    """
+    say = progress or (lambda _message: None)
+    resolved = target if isinstance(target, targets.Target) else targets.resolve(target)
+    say("importing the model")
+    imported = _import(model, example_inputs, input_shapes)
+    canonical = pipeline.canonicalise()(imported.mod)
+    found = layers.enumerate_layers(canonical)
+    loaded_plan = plan if isinstance(plan, Plan) or plan is None else load_plan(plan)
+    choices = layers.choose(found, plan=loaded_plan, trained=imported.trained, order=order, scale=scale)
+    configs = {name: choice.config for name, choice in choices.items() if choice.config is not None}
+    session = _Session(imported, canonical, resolved, say)
+    configs = session.calibrate(configs, calibration)
+    compiled = session.compile(configs, taps, found, choices)
+    untrained = sorted(configs.keys() - imported.trained.keys())
+    _warn_of_nothing(choices, order)
+    return session.judge(compiled, untrained, calibration)
+
+
+@dataclass(frozen=True)
+class _Session:
+    """One model on its way to one target."""
+
+    imported: ImportedModel
+    canonical: tvm.IRModule
+    target: targets.Target
+    say: Progress
+
+    def calibrate(
+        self, configs: Mapping[str, LayerConfig], data: Mapping[str, np.ndarray] | None
+    ) -> dict[str, LayerConfig]:
+        """The configs, `static` ones without betas fitted to the calibration data."""
+        open_layers = [n for n, c in configs.items() if c.scale == "static" and c.betas is None]
+        if not open_layers:
+            return dict(configs)
+        if data is None:
+            raise UsageError(
+                f"layer {open_layers[0]}: scale static without betas and without calibration data; accepted: betas in"
+                " the plan, --calibration X.npz, or scale sample"
+            )
+        return calibration.fit(self.canonical, self.imported.inputs, self.target, configs, data, self.say)
+
+    def compile(
+        self,
+        configs: Mapping[str, LayerConfig],
+        taps: Sequence[str],
+        found: Sequence[layers.Layer],
+        choices: Mapping[str, layers.Choice],
+    ) -> CompiledModel:
+        """The library of the model with `configs` rewritten."""
+        self.say("rewriting layers")
+        rewritten = pipeline.rewrite(configs, taps)(self.canonical)
+        _warn_of_relus(relu_fed_layers(rewritten))
+        records = tuple(_record(layer, choices[layer.name], configs.get(layer.name)) for layer in found)
+        manifest = Manifest(self.imported.inputs, self._outputs(rewritten), layers=records)
+        return emit(rewritten, self.target, manifest, self.say)
+
+    def _outputs(self, rewritten: tvm.IRModule) -> tuple[TensorSpec, ...]:
+        names = [str(name) for name in rewritten.attrs[TAP_NAMES]] if TAP_NAMES in (rewritten.attrs or {}) else []
+        results = fields_of(read_main(rewritten).result)[len(self.imported.outputs) :]
+        tapped = (
+            TensorSpec(name, tuple(int(e) for e in result.ty.shape), str(result.ty.dtype.dtype))
+            for name, result in zip(names, results, strict=True)
+        )
+        return (*self.imported.outputs, *tapped)
+
+    def judge(
+        self, compiled: CompiledModel, untrained: Sequence[str], data: Mapping[str, np.ndarray] | None
+    ) -> CompiledModel:
+        """Compares with the float model where layers were rewritten that no training prepared for it, and says so."""
+        if not untrained:
+            report = {**compiled.report, "agreement": None, "cosine": None}
+            return CompiledModel(compiled.library, report, compiled._folder)
+        self.say("comparing with the float model")
+        manifest = Manifest(self.imported.inputs, self.imported.outputs)
+        reference = emit(pipeline.rewrite({})(self.canonical), self.target, manifest, self.say)
+        result = agreement.compare(compiled.load(), reference.load(), data)
+        warnings.warn(
+            f"{len(untrained)} layers were rewritten that were not trained for HORQ: on {result.inputs} top-1 agrees"
+            f" with the float model on {result.agreement:.0%}, cosine of the outputs {result.cosine:.3f}; {TRAINING}",
+            stacklevel=3,
+        )
+        report = {**compiled.report, "agreement": result.agreement, "cosine": result.cosine}
+        return CompiledModel(compiled.library, report, compiled._folder)
+
+
+def emit(rewritten: tvm.IRModule, target: targets.Target, manifest: Manifest, say: Progress) -> CompiledModel:
+    """Optimises, lowers and links a rewritten module into a library in a temporary folder."""
+    say("scheduling kernels")
+    with target.tvm_target():
+        lowered = pipeline.lower(target)(pipeline.optimise(target)(rewritten))
+    say("compiling")
+    folder = tempfile.TemporaryDirectory(prefix="horq-tvm-")
+    library = Path(folder.name) / "model.so"
+    return CompiledModel(library, standalone(lowered, target, manifest, library).to_dict(), folder)
+
+
+def _import(
+    model: Any, example_inputs: tuple[Any, ...] | None, input_shapes: Mapping[str, tuple[int, ...]] | None
+) -> ImportedModel:
+    """Whatever the user has, as Relax."""
+    if type(model).__module__.startswith("onnx.") or (isinstance(model, str | Path) and Path(model).suffix != ".pt2"):
+        from .frontend.onnx import import_onnx
+
+        return import_onnx(model, input_shapes)
+    from .frontend.torch import import_torch
+
+    return import_torch(model, example_inputs)
+
+
+def _record(layer: layers.Layer, choice: layers.Choice, config: LayerConfig | None) -> LayerRecord:
+    if config is None:
+        return LayerRecord(layer.name, layer.op, reason=choice.reason)
+    return LayerRecord(layer.name, layer.op, config.order, config.scale)
+
+
+def _warn_of_relus(names: Sequence[str]) -> None:
+    if names:
+        listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        warnings.warn(
+            f"order 1 behind a ReLU carries no information, every sign is +1: {listed}; use order 2, or binarise the"
+            f" output of batch normalisation ({TRAINING})",
+            stacklevel=3,
+        )
+
+
+def _warn_of_nothing(choices: Mapping[str, layers.Choice], order: int | str | None) -> None:
+    if order != "float" and choices and all(choice.config is None for choice in choices.values()):
+        reasons = sorted({choice.reason or "" for choice in choices.values()})
+        warnings.warn(f"no layer was rewritten: {'; '.join(reasons)}", stacklevel=3)
