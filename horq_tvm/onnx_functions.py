@@ -193,8 +193,8 @@ def _linear(order: int, scale: Scale) -> list[str]:
 def _planes(source: str, order: int, scale: Scale, product: Callable[[str], str]) -> Iterator[str]:
     """T<order> = Σ β_i·S_i over the planes of `source`, S_i being `product` of H_i; means are over the tensor `axes`.
 
-    β·H is exact, so R is rounded once, by the subtraction. Round changes no integer, but keeps a runtime from folding β
-    into the weights (ONNX Runtime's Conv+Mul fusion would), and repairs a Winograd convolution, which is not exact.
+    β·H is exact, so R is rounded once, by the subtraction. Round changes no integer, but keeps a runtime from fusing β
+    into the product (ONNX Runtime would make one FusedMatMul of MatMul and Mul), and repairs a Winograd convolution.
     """
     yield from _SIGNS
     residual = source
