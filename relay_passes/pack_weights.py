@@ -17,15 +17,15 @@ from horq_tvm.straightline import Array, Writer, array_of, constant, op_name, re
 
 NO_PADDING = (0, 0, 0, 0)
 Padding = tuple[int, int, int, int]
-Lanes = Callable[[int], int]
+Lanes = Callable[[int, int], int]
 
 
 @tvm.transform.module_pass(opt_level=0, name="PackWeights")
 class PackWeights:
     """horq.bitserial_* → (horq.pad_planes →) horq.packed_bitserial; horq.conv2d, horq.dense → packed convolutions.
 
-    `lanes(filters of a group)` says how many output channels a kernel works on side by side. Equal paddings of one
-    value are shared. Raises HorqError on a float layer whose weights are not constant.
+    `lanes(filters of a group, groups)` says how many output channels a kernel works on side by side. Equal paddings of
+    one value are shared. Raises HorqError on a float layer whose weights are not constant.
     """
 
     def __init__(self, lanes: Lanes) -> None:
@@ -48,7 +48,7 @@ def by_lanes(values: Array, groups: int, lanes: Lanes) -> Array:
     """values [F, ...] → [G, B, v, ...], zeros beyond F/G."""
     grouped = values.reshape(groups, -1, *values.shape[1:])
     filters = grouped.shape[1]
-    v = lanes(filters)
+    v = lanes(filters, groups)
     padded = np.pad(grouped, [(0, 0), (0, -filters % v)] + [(0, 0)] * (values.ndim - 1))
     return padded.reshape(groups, -1, v, *values.shape[1:])
 

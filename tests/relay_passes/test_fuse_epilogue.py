@@ -40,7 +40,7 @@ def affine(emit: Any, x: relax.Expr) -> relax.Expr:
 
 
 def packed(body: Body, *shapes: tuple[int, ...]) -> tvm.IRModule:
-    return PackWeights(lambda _filters: 4)(module(shapes or [X], body))
+    return PackWeights(lambda _filters, _groups: 4)(module(shapes or [X], body))
 
 
 def fused(mod: tvm.IRModule) -> tvm.IRModule:

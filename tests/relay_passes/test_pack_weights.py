@@ -21,7 +21,7 @@ G = ops.Geometry
 SAME = G((3, 3), padding=(1, 1, 1, 1))
 
 
-def lanes(filters: int) -> int:
+def lanes(filters: int, _groups: int) -> int:
     """Small enough that most layers need several blocks and lanes beyond the last filter."""
     return 4 if filters >= 4 else 2
 
