@@ -100,6 +100,21 @@ def int8(
     return tuple(peers)
 
 
+def holds_horq_nodes(model: Path) -> bool:
+    """Whether ONNX Runtime would run the planes of trained HORQ layers one by one, as float convolutions.
+
+    Raises:
+        HorqError: the file is no ONNX model.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise extras.missing(error) from error
+
+    with _explained(model, "reading"):
+        return any(node.domain == "horq" for node in onnx.load(model, load_external_data=False).graph.node)
+
+
 class _Reader:
     """onnxruntime's CalibrationDataReader over a list; it asks by `get_next`, None being the end."""
 

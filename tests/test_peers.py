@@ -112,3 +112,11 @@ def test_models_that_are_none(model: Path, feeds: dict[str, np.ndarray], tmp_pat
         peers.float32(model, {"x": feeds["image"]})
     with pytest.raises(HorqError, match="failed in running it"):
         peers.float32(model, {"image": feeds["image"][:, :2]})
+
+
+def test_horq_nodes_are_noticed(model: Path, tmp_path: Path) -> None:
+    assert not peers.holds_horq_nodes(model)
+    proto = onnx.load(model)
+    proto.graph.node[0].domain = "horq"
+    onnx.save(proto, tmp_path / "horq.onnx")
+    assert peers.holds_horq_nodes(tmp_path / "horq.onnx")

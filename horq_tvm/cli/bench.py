@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +16,10 @@ from horq_tvm.errors import UsageError
 if TYPE_CHECKING:
     from horq_tvm.manifest import LayerRecord
     from horq_tvm.peers import Peer
-    from horq_tvm.timing import Timing
 
 ENGINE = "horq-tvm"
 PEERS = ("onnxruntime", "onnxruntime-int8")
+SETTING = ("order", "scale", "rest", "activation")
 ELF_MAGIC = b"\x7fELF"
 
 
@@ -79,32 +81,47 @@ def _measure(
 
     model = load(library, threads=arguments.threads)
     feeds = peers.random_feeds(model.inputs)
-    rivals: list[Peer] = []
-    if peer_model is not None:
-        if peers.FLOAT32 in arguments.peers:
-            rivals.append(peers.float32(peer_model, feeds, arguments.threads))
-        if peers.INT8 in arguments.peers:
-            progress("quantising for onnxruntime-int8")
-            rivals += peers.int8(peer_model, feeds, arguments.threads, calibration)
+    rivals = [] if peer_model is None else _rivals(arguments, peer_model, feeds, calibration, progress)
     progress("timing")
     calls: dict[str, Callable[[], object]] = {ENGINE: lambda: model(**feeds)}
     calls |= {f"{rival.engine} {rival.form or ''}": rival.call for rival in rivals}
-    timings = list(timing.interleaved(calls, arguments.seconds).values())
-    common_fields = {
+    ours, *theirs = timing.interleaved(calls, arguments.seconds).values()
+    subject = {
         "network": library.stem,
         "threads": arguments.threads,
         "batch": model.inputs[0].shape[0] if model.inputs and model.inputs[0].shape else 1,
     }
-    records = [{**common_fields, "engine": ENGINE, **_setting(model.manifest.layers), **_times(timings[0])}]
-    fastest: dict[str, tuple[Timing, Peer]] = {}
-    for rival, time in zip(rivals, timings[1:], strict=True):
-        if rival.engine not in fastest or time.median_ms < fastest[rival.engine][0].median_ms:
-            fastest[rival.engine] = (time, rival)
-    for engine, (time, rival) in fastest.items():
-        setting = dict.fromkeys(("order", "scale", "rest", "activation"))
-        extra = {} if rival.form is None else {"form": rival.form, "calibration": rival.calibration}
-        records.append({**common_fields, "engine": engine, **setting, **_times(time), **extra})
+    records = [{**subject, "engine": ENGINE, **_setting(model.manifest.layers), **asdict(ours)}]
+    by_speed = sorted(zip(theirs, rivals, strict=True), key=lambda pair: pair[0].median_ms)
+    for engine in dict.fromkeys(rival.engine for rival in rivals):
+        time, rival = next(pair for pair in by_speed if pair[1].engine == engine)
+        form = {} if rival.form is None else {"form": rival.form, "calibration": rival.calibration}
+        records.append({**subject, "engine": engine, **dict.fromkeys(SETTING), **asdict(time), **form})
     return records
+
+
+def _rivals(
+    arguments: argparse.Namespace,
+    model: Path,
+    feeds: dict[str, Any],
+    calibration: dict[str, Any] | None,
+    progress: Callable[[str], None],
+) -> list[Peer]:
+    from horq_tvm import peers
+
+    if peers.holds_horq_nodes(model):
+        warnings.warn(
+            f"{model}: ONNX Runtime runs its HORQ nodes as one float convolution a plane; --model takes the float form"
+            " that one would deploy there",
+            stacklevel=2,
+        )
+    rivals: list[Peer] = []
+    if peers.FLOAT32 in arguments.peers:
+        rivals.append(peers.float32(model, feeds, arguments.threads))
+    if peers.INT8 in arguments.peers:
+        progress("quantising for onnxruntime-int8")
+        rivals += peers.int8(model, feeds, arguments.threads, calibration)
+    return rivals
 
 
 def _setting(layers: Sequence[LayerRecord]) -> dict[str, Any]:
@@ -115,12 +132,9 @@ def _setting(layers: Sequence[LayerRecord]) -> dict[str, Any]:
         "order": orders.pop() if len(orders) == 1 else None,
         "scale": scales.pop() if len(scales) == 1 else None,
         "rest": "float32",
+        # A library does not tell whether its binary layers follow a ReLU.
         "activation": None,
     }
-
-
-def _times(timing: Timing) -> dict[str, Any]:
-    return {"median_ms": timing.median_ms, "min_ms": timing.min_ms, "runs": timing.runs}
 
 
 def _describe(records: Sequence[dict[str, Any]]) -> str:
