@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import tvm
 from tvm import relax, s_tir, tirx
@@ -24,16 +26,20 @@ class ScheduleKernels:
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         rules = _rules(self.target)
-        extra: dict[str, list[tirx.Buffer]] = {}
+        extra: dict[tvm.ir.GlobalVar, _Hoisted] = {}
         updated = dict(mod.functions_items())
         for gvar, func in mod.functions_items():
             if not isinstance(func, tirx.PrimFunc):
                 continue
             scheduled, rule = _schedule(func, self.target, rules)
-            if rule == "plain":
-                scheduled, extra[gvar.name_hint] = _hoist(scheduled)
-            updated[gvar] = scheduled.with_attr("horq.rule", rule)
-        return _pass_workspaces(tvm.IRModule(updated, attrs=mod.attrs), extra)
+            scheduled = scheduled.with_attr("horq.rule", rule)
+            if rule == "plain" and scheduled.body.block.alloc_buffers:
+                del updated[gvar]
+                extra[gvar] = _hoist(scheduled)
+            else:
+                updated[gvar] = scheduled
+        scheduled_mod = tvm.IRModule(updated, attrs=mod.attrs)
+        return _pass_workspaces(scheduled_mod, extra) if extra else scheduled_mod
 
 
 def _rules(target: Target) -> tuple:  # type: ignore[type-arg]
@@ -54,40 +60,52 @@ def _schedule(func: tirx.PrimFunc, target: Target, rules: tuple) -> tuple[tirx.P
     raise HorqError(f"no schedule rule of the family {target.family} takes this kernel:\n{func.script()}")
 
 
-def _hoist(func: tirx.PrimFunc) -> tuple[tirx.PrimFunc, list[tirx.Buffer]]:
+@dataclass(frozen=True)
+class _Hoisted:
+    """A kernel whose intermediate tensors are parameters, and the types of these."""
+
+    func: tirx.PrimFunc
+    spaces: tuple[relax.TensorType, ...]
+
+
+def _hoist(func: tirx.PrimFunc) -> _Hoisted:
     """The function with the tensors allocated in its root block as further parameters."""
     root = func.body.block
-    buffers = list(root.alloc_buffers)
-    if not buffers:
-        return func, []
     body = s_tir.SBlockRealize(
         [],
         func.body.predicate,
         s_tir.SBlock(
-            root.iter_vars, root.reads, root.writes, root.name_hint, root.body, root.init, [], root.match_buffers,
+            root.iter_vars,
+            root.reads,
+            root.writes,
+            root.name_hint,
+            root.body,
+            root.init,
+            [],
+            root.match_buffers,
             root.annotations,
         ),
     )
-    attrs = func.attrs
-    return tirx.PrimFunc([*func.params, *buffers], body, func.ret_type, attrs=attrs), buffers
+    buffers = list(root.alloc_buffers)
+    widened = tirx.PrimFunc([*func.params, *buffers], body, func.ret_type, attrs=func.attrs)
+    spaces = tuple(relax.TensorType([int(e) for e in b.shape], str(b.dtype)) for b in buffers)
+    return _Hoisted(widened, spaces)
 
 
-def _pass_workspaces(mod: tvm.IRModule, extra: dict[str, list[tirx.Buffer]]) -> tvm.IRModule:
+def _pass_workspaces(mod: tvm.IRModule, hoisted: Mapping[tvm.ir.GlobalVar, _Hoisted]) -> tvm.IRModule:
     """main, with each call of a hoisted kernel given its further outputs."""
-    if not any(extra.values()):
-        return mod
     program = read_main(mod)
     with Writer(mod, program) as writer:
+        gvars = {old: writer.add_function(kernel.func, old.name_hint) for old, kernel in hoisted.items()}
         for var, value in program.bindings:
-            buffers = extra.get(value.args[0].name_hint, []) if op_name(value) == "relax.call_tir" else []
-            if not buffers:
+            kernel = hoisted.get(value.args[0]) if op_name(value) == "relax.call_tir" else None
+            if kernel is None:
                 writer.bind(var, value)
                 continue
-            own = list(value.ty_args[0].fields) if isinstance(value.ty_args[0], relax.TupleType) else [value.ty_args[0]]
-            spaces = [relax.TensorType([int(e) for e in b.shape], str(b.dtype)) for b in buffers]
-            call = writer.emit(relax.call_tir(value.args[0], writer.resolve(value.args[1]), out_ty=[*own, *spaces]))
+            (types,) = value.ty_args
+            own = list(types.fields) if isinstance(types, relax.TupleType) else [types]
+            operands = writer.resolve(value.args[1])
+            call = writer.emit(relax.call_tir(gvars[value.args[0]], operands, out_ty=[*own, *kernel.spaces]))
             results = [relax.TupleGetItem(call, i) for i in range(len(own))]
             writer.map(var, results[0] if len(own) == 1 else relax.Tuple(results))
         return writer.finish(program.result)
-
-
