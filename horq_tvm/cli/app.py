@@ -14,7 +14,8 @@ from contextlib import contextmanager
 
 from horq_tvm import extras
 from horq_tvm.cli import bench, build, inspect, run, targets
-from horq_tvm.cli.common import Parser, version
+from horq_tvm.cli.options import Parser
+from horq_tvm.cli.show import version
 from horq_tvm.errors import HorqError, UsageError
 
 VERBS = (build, run, bench, inspect, targets)

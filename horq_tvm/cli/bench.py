@@ -10,8 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horq_tvm.cli import common
+from horq_tvm.cli import options
+from horq_tvm.cli.show import progress, table, write_json
 from horq_tvm.errors import UsageError
+from horq_tvm.files import check_writable
 
 if TYPE_CHECKING:
     from horq_tvm.manifest import LayerRecord
@@ -23,9 +25,9 @@ SETTING = ("order", "scale", "rest", "activation")
 ELF_MAGIC = b"\x7fELF"
 
 
-def add(verbs: common.Verbs) -> None:
+def add(verbs: options.Verbs) -> None:
     """Add the verb to the parser."""
-    verb = common.add_verb(verbs, "bench", "time a library, alone or against ONNX Runtime", run)
+    verb = options.add_verb(verbs, "bench", "time a library, alone or against ONNX Runtime", run)
     verb.add_argument("subject", metavar="OUT.so|MODEL", help="a library, or a model that is compiled first")
     verb.add_argument(
         "--peers", type=_peers, default=(), metavar=",".join(PEERS), help="engines to time in turn with it"
@@ -36,34 +38,33 @@ def add(verbs: common.Verbs) -> None:
     verb.add_argument(
         "--seconds", type=_seconds, default=2.0, metavar="S", help="how long to time each engine (default: 2)"
     )
-    common.add_threads_option(verb)
-    common.add_model_options(verb)
-    common.add_json_option(verb)
+    options.add_threads_option(verb)
+    options.add_model_options(verb)
+    options.add_json_option(verb)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Time the engines in turn; print a table, or the records as JSON."""
     if arguments.json not in (None, "-"):
-        common.check_writable(arguments.json)
+        check_writable(arguments.json)
     subject = Path(arguments.subject)
     is_library = _is_library(subject)
     peer_model = _peer_model(arguments, subject, is_library)
-    options = common.build_arguments(arguments)
-    if is_library and set(options) - {"calibration"}:
-        given = ", ".join(sorted(set(options) - {"calibration"}))
-        raise UsageError(f"{subject}: a library is compiled already; {given}: accepted with a model only")
-    with common.progress() as progress:
-        if is_library:
-            records = _measure(arguments, subject, peer_model, options.get("calibration"), progress)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                library = Path(folder) / f"{subject.stem}.so"
-                import horq_tvm
+    given = options.build_arguments(arguments)
+    calibration = given.get("calibration")
+    if is_library and given.keys() - {"calibration"}:
+        names = ", ".join(sorted(given.keys() - {"calibration"}))
+        raise UsageError(f"{subject}: a library is compiled already; {names}: accepted with a model only")
+    with progress() as say, tempfile.TemporaryDirectory() as folder:
+        library = subject
+        if not is_library:
+            import horq_tvm
 
-                horq_tvm.build(arguments.subject, progress=progress, **options).export(library)
-                records = _measure(arguments, library, peer_model, options.get("calibration"), progress)
+            library = Path(folder) / f"{subject.stem}.so"
+            horq_tvm.build(arguments.subject, progress=say, **given).export(library)
+        records = _measure(arguments, library, peer_model, calibration, say)
     if arguments.json is not None:
-        common.write_json(arguments.json, records)
+        write_json(arguments.json, records)
     if arguments.json != "-":
         print(_describe(records))
 
@@ -73,7 +74,7 @@ def _measure(
     library: Path,
     peer_model: Path | None,
     calibration: dict[str, Any] | None,
-    progress: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """One record an engine; of the int8 forms, the faster one's."""
     from horq_tvm import peers, timing
@@ -81,8 +82,8 @@ def _measure(
 
     model = load(library, threads=arguments.threads)
     feeds = peers.random_feeds(model.inputs)
-    rivals = [] if peer_model is None else _rivals(arguments, peer_model, feeds, calibration, progress)
-    progress("timing")
+    rivals = [] if peer_model is None else _rivals(arguments, peer_model, feeds, calibration, say)
+    say("timing")
     calls: dict[str, Callable[[], object]] = {ENGINE: lambda: model(**feeds)}
     calls |= {f"{rival.engine} {rival.form or ''}": rival.call for rival in rivals}
     ours, *theirs = timing.interleaved(calls, arguments.seconds).values()
@@ -105,7 +106,7 @@ def _rivals(
     model: Path,
     feeds: dict[str, Any],
     calibration: dict[str, Any] | None,
-    progress: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> list[Peer]:
     from horq_tvm import peers
 
@@ -119,7 +120,7 @@ def _rivals(
     if peers.FLOAT32 in arguments.peers:
         rivals.append(peers.float32(model, feeds, arguments.threads))
     if peers.INT8 in arguments.peers:
-        progress("quantising for onnxruntime-int8")
+        say("quantising for onnxruntime-int8")
         rivals += peers.int8(model, feeds, arguments.threads, calibration)
     return rivals
 
@@ -152,7 +153,7 @@ def _describe(records: Sequence[dict[str, Any]]) -> str:
         )
         for record in records
     ]
-    lines = [title, common.table(("engine", "median ms", "min ms", f"time / {ENGINE}"), rows)]
+    lines = [title, table(("engine", "median ms", "min ms", f"time / {ENGINE}"), rows)]
     lines += [f"{r['engine']}: calibrated on {r['calibration']}" for r in records if r.get("calibration")]
     return "\n".join(lines)
 

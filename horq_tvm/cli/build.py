@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import argparse
 
-from horq_tvm.cli import common, inspect
+from horq_tvm.cli import inspect, options
+from horq_tvm.cli.show import progress, write_json
+from horq_tvm.files import check_writable
 
 
-def add(verbs: common.Verbs) -> None:
+def add(verbs: options.Verbs) -> None:
     """Add the verb to the parser."""
-    verb = common.add_verb(verbs, "build", "compile a model to a shared library", run)
+    verb = options.add_verb(verbs, "build", "compile a model to a shared library", run)
     verb.add_argument("model", metavar="MODEL", help="an .onnx file, or an ExportedProgram saved as .pt2")
     verb.add_argument("-o", "--output", required=True, metavar="OUT.so", help="the library to write")
-    common.add_model_options(verb)
-    common.add_json_option(verb)
+    options.add_model_options(verb)
+    options.add_json_option(verb)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Compile, write the library, and say what became of each layer."""
-    common.check_writable(arguments.output)
+    check_writable(arguments.output)
     if arguments.json not in (None, "-"):
-        common.check_writable(arguments.json)
-    options = common.build_arguments(arguments)
+        check_writable(arguments.json)
+    given = options.build_arguments(arguments)
     import horq_tvm
 
-    with common.progress() as progress:
-        compiled = horq_tvm.build(arguments.model, progress=progress, **options)
+    with progress() as say:
+        compiled = horq_tvm.build(arguments.model, progress=say, **given)
         compiled.export(arguments.output)
     report = compiled.report
     if arguments.json is not None:
-        common.write_json(arguments.json, report)
+        write_json(arguments.json, report)
     if arguments.json != "-":
         print(f"{arguments.output}\n{inspect.describe(report)}")

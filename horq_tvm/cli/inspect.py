@@ -9,17 +9,18 @@ import argparse
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from horq_tvm.cli import common
+from horq_tvm.cli import options
+from horq_tvm.cli.show import shape_text, table, write_json
 
 # Measured: from here on, ONNX Runtime's int8 convolutions (VNNI) are faster than the planes of a HORQ layer.
 SLOWER_THAN_INT8_ORDER = 6
 
 
-def add(verbs: common.Verbs) -> None:
+def add(verbs: options.Verbs) -> None:
     """Add the verb to the parser."""
-    verb = common.add_verb(verbs, "inspect", "say what a library holds and needs", run)
+    verb = options.add_verb(verbs, "inspect", "say what a library holds and needs", run)
     verb.add_argument("library", metavar="OUT.so", help="what `horq-tvm build` wrote, for this machine or another")
-    common.add_json_option(verb)
+    options.add_json_option(verb)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -28,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     manifest = read_manifest(arguments.library).to_dict()
     if arguments.json is not None:
-        common.write_json(arguments.json, manifest)
+        write_json(arguments.json, manifest)
     if arguments.json != "-":
         print(f"{arguments.library}\n{describe(manifest)}")
 
@@ -57,7 +58,7 @@ def describe(manifest: Mapping[str, Any]) -> str:
             )
             for layer in layers
         ]
-        lines += ["", common.table(("layer", "op", "order", "scale", "schedule", "reason"), rows)]
+        lines += ["", table(("layer", "op", "order", "scale", "schedule", "reason"), rows)]
     slow = [layer["name"] for layer in rewritten if layer["order"] >= SLOWER_THAN_INT8_ORDER]
     if slow:
         order = SLOWER_THAN_INT8_ORDER
@@ -66,7 +67,7 @@ def describe(manifest: Mapping[str, Any]) -> str:
 
 
 def _tensors(label: str, specs: Iterable[Mapping[str, Any]]) -> list[str]:
-    return [f"{label:8}  {spec['name']}  {common.shape_text(spec['shape'])}  {spec['dtype']}" for spec in specs]
+    return [f"{label:8}  {spec['name']}  {shape_text(spec['shape'])}  {spec['dtype']}" for spec in specs]
 
 
 def _sizes(sizes: Mapping[str, int]) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from horq_tvm.cli import common
+from horq_tvm.cli import options
+from horq_tvm.cli.arrays import read_inputs, write_npz
+from horq_tvm.cli.show import shape_text
+from horq_tvm.files import check_writable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,9 +16,9 @@ if TYPE_CHECKING:
 SHOWN_VALUES = 8
 
 
-def add(verbs: common.Verbs) -> None:
+def add(verbs: options.Verbs) -> None:
     """Add the verb to the parser."""
-    verb = common.add_verb(verbs, "run", "run a library on arrays", run)
+    verb = options.add_verb(verbs, "run", "run a library on arrays", run)
     verb.add_argument("library", metavar="OUT.so", help="what `horq-tvm build` wrote")
     verb.add_argument(
         "inputs", metavar="IN.npz|IN.npy", help="arrays by input name; an .npy serves a model of one input"
@@ -23,7 +26,7 @@ def add(verbs: common.Verbs) -> None:
     verb.add_argument(
         "-o", "--output", metavar="OUT.npz", help="write the outputs here (default: print their first values)"
     )
-    common.add_threads_option(verb)
+    options.add_threads_option(verb)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -31,14 +34,14 @@ def run(arguments: argparse.Namespace) -> None:
     from horq_tvm.runtime.loader import load
 
     if arguments.output is not None:
-        common.check_writable(arguments.output)
+        check_writable(arguments.output)
     model = load(arguments.library, threads=arguments.threads)
-    outputs = model(**common.read_inputs(arguments.inputs, [spec.name for spec in model.inputs]))
+    outputs = model(**read_inputs(arguments.inputs, [spec.name for spec in model.inputs]))
     if arguments.output is not None:
-        common.write_npz(arguments.output, outputs)
+        write_npz(arguments.output, outputs)
         return
     for name, array in outputs.items():
-        print(f"{name}  {common.shape_text(array.shape)}  {array.dtype}  {_first_values(array)}")
+        print(f"{name}  {shape_text(array.shape)}  {array.dtype}  {_first_values(array)}")
 
 
 def _first_values(array: np.ndarray) -> str:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import asdict
 
 from horq_tvm import targets
-from horq_tvm.cli import common
+from horq_tvm.cli import options
+from horq_tvm.cli.show import table, write_json
 from horq_tvm.errors import HorqError
 
 
-def add(verbs: common.Verbs) -> None:
+def add(verbs: options.Verbs) -> None:
     """Add the verb to the parser."""
-    verb = common.add_verb(verbs, "targets", "list the targets and say which of them this machine can run", run)
-    common.add_json_option(verb)
+    verb = options.add_verb(verbs, "targets", "list the targets and say which of them this machine can run", run)
+    options.add_json_option(verb)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -25,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     except HorqError:
         native = None
     if arguments.json is not None:
-        common.write_json(arguments.json, _records(known.values(), host, native))
+        write_json(arguments.json, _records(known.values(), host, native))
         if arguments.json == "-":
             return
     rows = [
@@ -40,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         for target in known.values()
     ]
-    print(common.table(("target", "family", "mcpu", "popcount", "bits", "here", "description"), rows))
+    print(table(("target", "family", "mcpu", "popcount", "bits", "here", "description"), rows))
     if native is None:
         print(f"\nnative: no preset for this machine ({host.machine})")
     else:
@@ -53,11 +55,11 @@ def _fit(target: targets.Target, host: targets.Host) -> str:
     return "no" if target.missing_on(host.flags) else "yes"
 
 
-def _records(known: object, host: targets.Host, native: targets.Target | None) -> list[dict[str, object]]:
+def _records(
+    known: Iterable[targets.Target], host: targets.Host, native: targets.Target | None
+) -> list[dict[str, object]]:
     """One record a target; `native` is one too, so that a script can read what it stands for."""
-    records = []
-    for target in known:  # type: ignore[attr-defined]
-        records.append({**asdict(target), "missing_here": list(target.missing_on(host.flags))})
+    records = [{**asdict(target), "missing_here": list(target.missing_on(host.flags))} for target in known]
     if native is not None:
         records.append({**asdict(native), "name": targets.NATIVE, "resolves_to": native.name, "missing_here": []})
     return records
