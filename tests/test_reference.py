@@ -268,6 +268,23 @@ def test_doubt_reaches_only_the_windows_that_hold_it():
     np.testing.assert_array_equal(got.doubtful, expected)
 
 
+def test_an_engine_with_float32_means_differs_only_where_a_sign_is_doubtful():
+    """Means off by a unit or two in the last place, and many values within a few units of the first of them."""
+    rng = np.random.default_rng(12)
+    drawn = rng.standard_normal(4096).astype(F32)
+    near = np.abs(drawn).mean(dtype=np.float64) * (1 + rng.integers(-8, 9, 512) * 2.0**-23)
+    x = np.concatenate([drawn, near.astype(F32)])[None]
+    got = reference.dense(x, np.ones((1, x.size)), [1.0], order=4, scale="sample")
+    flipped = np.zeros(x.shape, bool)
+    for units in (-2, -1, 1, 2):
+        beta = got.beta * F32(1 + units * 2.0**-23)
+        planes, _ = reference.residual_binarize(x, 4, beta.T[..., None])
+        flipped |= (planes != got.planes).any(axis=0)
+    assert flipped.sum() > 100
+    assert not (flipped & ~got.doubtful_signs).any()
+    assert got.doubtful_signs.mean() < 0.2
+
+
 def test_the_tolerance_is_the_contract_s():
     x = np.random.default_rng(5).standard_normal((3, 8)).astype(F32)
     weight, alpha = reference.binarize_weights(np.random.default_rng(6).standard_normal((2, 8)))
