@@ -134,14 +134,23 @@ def batch_norm(
 
     Factor and addend are computed in float64 and rounded once. Raises HorqError unless the parameters are constant.
     """
-    if any(v is not None and array(v) is None for v in (gamma, beta, mean, variance)):
-        raise HorqError("batch normalisation: found parameters that are computed; accepted are constants")
-    mu, var, g, b = (None if v is None else array(v).astype(np.float64) for v in (mean, variance, gamma, beta))
-    scale = (1.0 if g is None else g) / np.sqrt(var + epsilon)
-    shift = (0.0 if b is None else b) - mu * scale
+    ones = np.ones(shape(mean))
+    mu, var = _parameter(mean, ones), _parameter(variance, ones)
+    scale = _parameter(gamma, ones) / np.sqrt(var + epsilon)
+    shift = _parameter(beta, 0 * ones) - mu * scale
     dtype = str(x.ty.dtype.dtype)
     scaled = emit(relax.op.multiply(x, per_channel(emit, constant(scale.astype(dtype)), rank(x))))
     return emit(relax.op.add(scaled, per_channel(emit, constant(shift.astype(dtype)), rank(x))))
+
+
+def _parameter(expr: relax.Expr | None, default: Array) -> Array:
+    """A parameter of batch normalisation in float64, `default` where it is left out."""
+    if expr is None:
+        return default
+    value = array(expr)
+    if value is None:
+        raise HorqError("batch normalisation: found parameters that are computed; accepted are constants")
+    return value.astype(np.float64)
 
 
 def trained_config(name: str, order: int, scale: str, weight: relax.Expr, beta: relax.Expr | None) -> LayerConfig:
@@ -154,7 +163,7 @@ def trained_config(name: str, order: int, scale: str, weight: relax.Expr, beta: 
     if signs is None or not np.all(np.abs(signs) == 1.0):
         raise HorqError(f"HORQ layer {name!r}: found a weight that is not constant ±1; accepted are ±1 constants")
     if scale != "static":
-        return LayerConfig(order, scale)  # type: ignore[arg-type]
+        return LayerConfig(order, scale)
     betas = array(beta)
     if betas is None or betas.size != order:
         found = "none" if betas is None else str(betas.size)

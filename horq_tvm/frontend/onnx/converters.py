@@ -310,9 +310,9 @@ def prelu(node: Node) -> relax.Expr:
     offset = layers.rank(x) - len(extents)
     own = [axis for axis, extent in enumerate(extents) if extent != 1]
     if not own:
-        value = layers.reshape(node.emit, slope, ())
-        if layers.array(value) is not None:
-            return node.emit(relax.op.nn.leakyrelu(x, float(layers.array(value))))
+        value = layers.array(slope)
+        if value is not None:
+            return node.emit(relax.op.nn.leakyrelu(x, float(value.reshape(()))))
     if len(own) == 1:
         vector = layers.reshape(node.emit, slope, (extents[own[0]],))
         return node.emit(relax.op.nn.prelu(x, vector, offset + own[0]))

@@ -10,6 +10,7 @@ import onnx.inliner
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from ...errors import HorqError, UsageError
+from ..shapes import OpenShape, fix_shapes
 from .converters import CONVERTERS
 
 OLDEST_OPSET = 7
@@ -110,29 +111,22 @@ def model_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
 def set_input_shapes(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Writes `shapes` into the graph's inputs. Raises UsageError where a shape is missing, unknown or contradicts."""
     inputs = {value.name: value for value in model_inputs(graph)}
-    for name in shapes:
-        if name not in inputs:
-            raise UsageError(f"--input {name}: found no such input; accepted are {', '.join(inputs)}")
     for name, value in inputs.items():
         if not value.type.HasField("tensor_type"):
             raise HorqError(f"input {name!r}: found {value.type.WhichOneof('value')}; accepted are tensors")
-        tensor = value.type.tensor_type
-        found = [d.dim_value if d.dim_value > 0 else d.dim_param or "?" for d in tensor.shape.dim]
-        given = shapes.get(name)
-        if given is None:
-            if not tensor.HasField("shape") or any(isinstance(extent, str) for extent in found):
-                raise UsageError(_missing(name, found if tensor.HasField("shape") else None))
-            continue
-        fits = not tensor.HasField("shape") or (
-            len(given) == len(found) and all(isinstance(f, str) or f == g for f, g in zip(found, given, strict=True))
-        )
-        if not fits or any(extent < 1 for extent in given):
-            raise UsageError(
-                f"--input {name}: found {_extents(given)}; accepted is a shape that fits {_extents(found)}"
-            )
-        del tensor.shape.dim[:]
-        for extent in given:
-            tensor.shape.dim.add().dim_value = int(extent)
+    fixed = fix_shapes({name: _open_shape(value.type.tensor_type) for name, value in inputs.items()}, shapes)
+    for name, value in inputs.items():
+        dims = value.type.tensor_type.shape.dim
+        del dims[:]
+        for extent in fixed[name]:
+            dims.add().dim_value = extent
+        value.type.tensor_type.shape.SetInParent()
+
+
+def _open_shape(tensor: onnx.TypeProto.Tensor) -> OpenShape | None:
+    if not tensor.HasField("shape"):
+        return None
+    return [dim.dim_value if dim.dim_value > 0 else dim.dim_param or "?" for dim in tensor.shape.dim]
 
 
 def name_nodes(graph: onnx.GraphProto) -> None:
@@ -155,16 +149,6 @@ def label(node: onnx.NodeProto) -> str:
 
 def _domain(domain: str) -> str:
     return STANDARD if domain in ("", "ai.onnx") else domain
-
-
-def _missing(name: str, found: list[int | str] | None) -> str:
-    shown = "no shape at all" if found is None else f"the shape {_extents(found)}"
-    example = "1,3,224,224" if found is None else ",".join(str(e) if isinstance(e, int) else "1" for e in found)
-    return f"input {name!r}: found {shown}; accepted are static shapes, so give it, e.g. --input {name}={example}"
-
-
-def _extents(extents: list[int | str] | tuple[int, ...]) -> str:
-    return ",".join(str(extent) for extent in extents) or "()"
 
 
 def _first_line(error: Exception) -> str:

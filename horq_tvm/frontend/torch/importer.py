@@ -45,7 +45,7 @@ def import_program(
     return ImportedModel(mod, specs, result_specs(mod, names), importer.trained)
 
 
-class _GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
+class _GraphImporter(ExportedProgramImporter):
     """TVM's importer, with parameters as constants from the start and every node's name known to its converter."""
 
     def __init__(self, program: ExportedProgram) -> None:
@@ -114,7 +114,7 @@ def operator_name(node: fx.Node) -> str:
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """A call's arguments by the schema's names, defaults filled in."""
     found: dict[str, Any] = {}
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for position, argument in enumerate(node.target._schema.arguments):
         given = position < len(node.args) and not argument.kwarg_only
         default = node.kwargs.get(argument.name, argument.default_value)
         found[argument.name] = node.args[position] if given else default

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from ... import torch_ops  # noqa: F401  registers the HORQ operators, without which a saved program cannot be read
 from ...errors import HorqError, UsageError
+from ..shapes import fix_shapes
 
 _KEPT = (
     *("linear.default", "conv1d.default", "conv1d.padding", "conv2d.default", "conv2d.padding"),
@@ -92,34 +93,14 @@ def _read(path: Path) -> ExportedProgram:
 def _with_shapes(program: ExportedProgram, shapes: Mapping[str, tuple[int, ...]]) -> ExportedProgram:
     """The program with its open dimensions fixed by exporting it once more; itself where none is open."""
     inputs = user_inputs(program)
-    for name in shapes:
-        if name not in inputs:
-            raise UsageError(f"--input {name}: found no such input; accepted are {', '.join(inputs)}")
-    values = []
-    for name, value in inputs.items():
-        found = [str(extent) if isinstance(extent, torch.SymInt) else int(extent) for extent in value.shape]
-        given = shapes.get(name)
-        shown = ",".join(map(str, found))
-        is_open = any(isinstance(extent, str) for extent in found)
-        if given is None and is_open:
-            example = ",".join("1" if isinstance(extent, str) else str(extent) for extent in found)
-            raise UsageError(
-                f"input {name!r}: found the shape {shown}; accepted are static shapes, "
-                f"so give it, e.g. --input {name}={example}"
-            )
-        target = tuple(found) if given is None else tuple(given)
-        fits = len(target) == len(found) and all(
-            size >= 1 and (isinstance(extent, str) or extent == size)
-            for extent, size in zip(found, target, strict=True)
-        )
-        if not fits:
-            raise UsageError(
-                f"--input {name}: found {','.join(map(str, target))}; accepted is a shape that fits {shown}"
-            )
-        values.append(torch.zeros(target, dtype=value.dtype))
-    if not any(isinstance(extent, torch.SymInt) for value in inputs.values() for extent in value.shape):
+    found = {
+        name: [str(extent) if isinstance(extent, torch.SymInt) else int(extent) for extent in value.shape]
+        for name, value in inputs.items()
+    }
+    fixed = fix_shapes(found, shapes)
+    if all(isinstance(extent, int) for extents in found.values() for extent in extents):
         return program
-    return _export_again(program, tuple(values))
+    return _export_again(program, tuple(torch.zeros(fixed[name], dtype=value.dtype) for name, value in inputs.items()))
 
 
 def _export_again(program: ExportedProgram, values: tuple[torch.Tensor, ...]) -> ExportedProgram:
