@@ -194,6 +194,12 @@ def native(known: Mapping[str, Target], host: Host) -> Target:
     return _for_cpu(best, host)
 
 
+def runnable(target: Target) -> Target:
+    """`target` where this machine can run it, else `native`: what a build for another machine is tried out with."""
+    host = this_host()
+    return native(presets(), host) if target.missing_on(host.flags) else target
+
+
 def this_host() -> Host:
     """Read off the machine; nothing in it needs the extra `compiler`."""
     try:

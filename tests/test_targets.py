@@ -186,6 +186,12 @@ def test_native_where_there_is_no_preset() -> None:
         targets.native(PRESETS, targets.Host("aarch64", frozenset({"asimd"}), "cortex-a76"))
 
 
+def test_what_cannot_run_here_is_tried_out_as_native(tmp_path: Path) -> None:
+    chimera = targets.resolve(f"{written(tmp_path, OWN.replace('l2_kib: 512', 'features: [avx512_fp16, xop]'))}:board")
+    assert targets.runnable(chimera) == targets.resolve("native")
+    assert targets.runnable(PRESETS["x86-64"]) == PRESETS["x86-64"]
+
+
 def test_native_on_this_machine_can_run_here() -> None:
     here = targets.this_host()
     if here.machine != "x86_64":
