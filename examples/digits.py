@@ -109,7 +109,7 @@ def network(order: int | None) -> DigitsNet:
 
 
 def train(model: nn.Module, data: Digits, epochs: int, advance: Callable[[], None]) -> None:
-    """Adam with a one-cycle rate on images shifted by up to a pixel; `advance` is called once an epoch."""
+    """Adam with a one-cycle rate; `advance` is called once an epoch."""
     steps = len(data.train_images) // BATCH
     optimiser = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.01, total_steps=epochs * steps)
@@ -117,19 +117,13 @@ def train(model: nn.Module, data: Digits, epochs: int, advance: Callable[[], Non
     for _ in range(epochs):
         order = torch.randperm(len(data.train_images))
         for rows in order[: steps * BATCH].split(BATCH):
-            loss = F.cross_entropy(model(_shifted(data.train_images[rows])), data.train_labels[rows])
+            loss = F.cross_entropy(model(data.train_images[rows]), data.train_labels[rows])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
         advance()
     model.eval()
-
-
-def _shifted(images: Tensor) -> Tensor:
-    """The batch moved by −1, 0 or 1 pixels each way; the edge repeats."""
-    top, left = torch.randint(3, (2,)).tolist()
-    return F.pad(images, (1, 1, 1, 1), mode="replicate")[:, :, top : top + 8, left : left + 8]
 
 
 def make(order: int | None, data: Digits, epochs: int, seed: int, folder: Path, progress: Progress) -> Trained:
