@@ -1,0 +1,101 @@
+"""The kernels as one object file, and the checks that it asks nothing of a runtime that we do not have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tvm
+import tvm_ffi
+from tvm import tirx
+
+from horq_tvm.emit.plan import Step
+from horq_tvm.errors import HorqError
+from horq_tvm.runtime.elf import Elf
+
+PROVIDED = frozenset({"__TVMBackendParallelLaunch", "TVMFFIErrorSetRaisedFromCStrParts"})
+"""What our C runtime defines of what TVM's code generator may refer to."""
+
+# Objects that TVM's code generator defines (weak) in every module, whether something refers to them or not.
+_HARMLESS = frozenset({"__tvm_ffi__library_ctx"})
+
+
+def symbol_names(steps: Sequence[Step]) -> dict[str, str]:
+    """A C name for each kernel, in order of first use: a number, and what of the kernel's own name C can spell."""
+    kernels = dict.fromkeys(step.kernel for step in steps)
+    return {name: f"k{index}_{re.sub('[^0-9A-Za-z_]', '_', name)}" for index, name in enumerate(kernels)}
+
+
+def entry(symbol: str) -> str:
+    """The symbol under which TVM's code generator exports the PrimFunc `symbol`."""
+    return f"__tvm_ffi_{symbol}"
+
+
+def compile_kernels(mod: tvm.IRModule, symbols: Mapping[str, str], target: tvm.target.Target, out: Path) -> None:
+    """Compiles the PrimFuncs that `symbols` names to the object file `out`, each under its symbol.
+
+    HorqError where a kernel allocates a workspace: in a kernel's inner loops that costs more than the kernel.
+    """
+    functions = {
+        tvm.ir.GlobalVar(symbol): _kernel(mod, name).with_attr("global_symbol", symbol)
+        for name, symbol in symbols.items()
+    }
+    workspaces = _WorkspaceFinder()
+    config = {"tirx.disable_assert": True}
+    with tvm.transform.PassContext(opt_level=3, config=config, instruments=[workspaces.instrument]):
+        library = tvm.tirx.build(tvm.IRModule(functions), target, pipeline="s_tir")
+    if workspaces.found:
+        names = {symbol: name for name, symbol in symbols.items()}
+        culprits = ", ".join(sorted({names.get(symbol, symbol) for symbol in workspaces.found}))
+        raise HorqError(
+            f"kernel {culprits} allocates a workspace at run time; its temporaries must fit on the stack "
+            "(scope 'global', under 1024 bytes) or be a kernel's output"
+        )
+    library.write_to_file(str(out), "o")
+    _check_references(out)
+
+
+def _kernel(mod: tvm.IRModule, name: str) -> tirx.PrimFunc:
+    function = mod[name]
+    if not isinstance(function, tirx.PrimFunc):
+        raise HorqError(f"main calls {name}, which is a {type(function).__name__}; a kernel is a PrimFunc")
+    return function
+
+
+class _WorkspaceFinder:
+    """Looks at the module where TVM turns allocations into calls: the last place that knows the kernel by name."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        finder = self
+
+        @tvm.instrument.pass_instrument
+        class Instrument:
+            def run_after_pass(self, mod: tvm.IRModule, info: tvm.transform.PassInfo) -> None:
+                if info.name == "tirx.LowerTVMBuiltin":
+                    finder.look(mod)
+
+        self.instrument = Instrument()
+
+    def look(self, mod: tvm.IRModule) -> None:
+        for gvar, function in mod.functions.items():
+            texts: set[str] = set()
+            tvm_ffi.structural_walk(function.body, (tvm.ir.StringImm, lambda text, texts=texts: texts.add(text.value)))
+            if "TVMBackendAllocWorkspace" in texts:
+                self.found.append(gvar.name_hint)
+
+
+def _check_references(obj: Path) -> None:
+    """Whatever TVM symbol the object refers to or holds a weak slot for, the C runtime must define."""
+    wanted = {
+        symbol.name
+        for symbol in Elf.read(obj).symbols()
+        if (symbol.undefined or symbol.weak) and re.match("(__)?(TVM|tvm_ffi__)", symbol.name)
+    }
+    missing = sorted(wanted - PROVIDED - _HARMLESS)
+    if missing:
+        raise HorqError(
+            f"the kernels refer to {', '.join(missing)} of TVM's runtime; a standalone library has only "
+            f"{', '.join(sorted(PROVIDED))}"
+        )
