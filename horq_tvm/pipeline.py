@@ -14,6 +14,7 @@ from .relay_passes.name_layers import NameLayers
 from .relay_passes.pack_weights import PackWeights
 from .relay_passes.rewrite_layers import RewriteLayers
 from .relay_passes.schedule_kernels import ScheduleKernels
+from .relay_passes.sink_reshapes import SinkReshapes
 from .relay_passes.to_nhwc import ToNHWC
 from .schedules import tile
 from .schedules.legalize import LEGALIZE
@@ -44,6 +45,7 @@ def optimise(target: Target) -> tvm.transform.Pass:
     return tvm.transform.Sequential(
         [
             PackWeights(lambda filters, groups: tile.lanes(filters, groups, target.vector_bits)),
+            SinkReshapes(),
             FuseEpilogue(),
         ],
         name="optimise",

@@ -23,6 +23,7 @@ ANCHORS = frozenset(
         "relax.nn.max_pool2d",
     }
 )
+TILED = frozenset({"horq.packed_bitserial", "horq.packed_conv2d"})
 _RELAX = """
     abs add clip cos divide equal erf exp floor greater greater_equal less less_equal log maximum minimum multiply
     negative nn.gelu nn.gelu_tanh nn.leakyrelu nn.prelu nn.relu nn.silu power round rsqrt sigmoid sign sin sqrt square
@@ -131,8 +132,22 @@ class _Grouper:
                 way.append(step)
                 step = self.program.sole_user(step)
             if step is not None and self._is_static_binarize(step, way[-1] if way else members[-1]):
-                return [*way, step]
+                return [*way, step] if self._whole_words(members[0], step) else []
         return []
+
+    def _whole_words(self, anchor: relax.Var, binarize: relax.Var) -> bool:
+        """Whether a tile of the anchor's channels can hold whole words of the planes: both group by multiples of 32.
+
+        A kernel that is no tile of channels (pooling) packs nothing; elementwise operators have no tile to fit.
+        """
+        value = self.program.values[anchor]
+        planes = self.program.values[binarize]
+        depths = [ops.shape_of(planes.args[0])[-1] // ops.Geometry.of(planes.attrs).groups]
+        if op_name(value) in TILED:
+            depths.append(int(value.attrs["channels"]) // ops.Geometry.of(value.attrs).groups)
+        elif op_name(value) in ANCHORS:
+            return False
+        return all(depth % ops.WORD_BITS == 0 for depth in depths)
 
     def _is_static_binarize(self, var: relax.Var, x: relax.Var) -> bool:
         value = self.program.values[var]

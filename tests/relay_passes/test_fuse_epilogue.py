@@ -7,19 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-from tvm import relax, te
+from tvm import relax
 
 from horq_tvm import ops
 from horq_tvm.relay_passes.fuse_epilogue import FuseEpilogue
 from horq_tvm.relay_passes.pack_weights import PackWeights
+from horq_tvm.schedules.legalize import LEGALIZE
 from horq_tvm.straightline import constant, read_main
 from tests.relay_passes.program import Body, module, names, run
 
-X = (1, 4, 4, 8)
+C = 32  # a whole word: planes are fused only where a tile of channels holds words
+X = (1, 4, 4, C)
 RNG = np.random.default_rng(0)
-WEIGHT = RNG.choice(np.array([-1, 1], "int8"), (8, 3, 3, 8))
-FLOAT_WEIGHT = RNG.standard_normal((8, 1, 1, 8)).astype("float32")
-CHANNEL = RNG.standard_normal(8).astype("float32")
+WEIGHT = RNG.choice(np.array([-1, 1], "int8"), (C, 3, 3, C))
+FLOAT_WEIGHT = RNG.standard_normal((C, 1, 1, C)).astype("float32")
+CHANNEL = RNG.standard_normal(C).astype("float32")
 BETA = np.float32([[0.7, 0.3]])
 GEOMETRY = ops.Geometry((3, 3), padding=(1, 1, 1, 1))
 
@@ -31,7 +33,7 @@ def binarize(emit: Any, x: relax.Expr, scale: str = "static") -> relax.Expr:
 
 
 def bitserial(emit: Any, planes: relax.Expr, name: str) -> relax.Expr:
-    constants = [constant(WEIGHT), constant(np.full(8, 0.25)), constant(np.zeros(8)), constant(BETA)]
+    constants = [constant(WEIGHT), constant(np.full(C, 0.25)), constant(np.zeros(C)), constant(BETA)]
     return emit(ops.bitserial(planes, *constants, name=name, order=2, scale="static", geometry=GEOMETRY))
 
 
@@ -69,12 +71,12 @@ def test_golden_form_of_a_layer_with_its_epilogue() -> None:
     builder = relax.BlockBuilder()
     tensor = relax.TensorType(X, "float32")
     params = [relax.Var("p0", tensor), relax.Var("p1", weight.ty)]
-    params += [relax.Var("p2", relax.TensorType([8], "float32")), relax.Var("p3", tensor)]
+    params += [relax.Var("p2", relax.TensorType([C], "float32")), relax.Var("p3", tensor)]
     attrs = {"Primitive": True, "horq.layer": "c"}
     with builder.function("fused_packed_conv2d_0", params, attrs=attrs, private=True):
         with builder.dataflow():
             layer = builder.emit(
-                ops.packed_conv2d(params[0], params[1], name="c", geometry=ops.Geometry((1, 1)), channels=8)
+                ops.packed_conv2d(params[0], params[1], name="c", geometry=ops.Geometry((1, 1)), channels=C)
             )
             sums = builder.emit(relax.op.add(builder.emit(relax.op.add(layer, params[2])), params[3]))
             output = builder.emit_output(relax.op.nn.relu(sums))
@@ -186,7 +188,7 @@ def test_elementwise_operators_without_an_anchor_are_grouped_and_single_ones_lef
     tvm.ir.assert_structural_equal(FuseEpilogue()(alone), alone)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (1, 4, 4, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, C), (1, 4, 4, 1)])
 def test_tensors_of_another_shape_do_not_join(shape: tuple[int, ...]) -> None:
     def body(emit: Any, x: relax.Expr, gate: relax.Expr) -> relax.Expr:
         return emit(relax.op.multiply(emit(ops.conv2d(x, constant(FLOAT_WEIGHT), name="a")), gate))
@@ -196,22 +198,34 @@ def test_tensors_of_another_shape_do_not_join(shape: tuple[int, ...]) -> None:
 
 def test_fuse_tir_takes_one_and_two_results() -> None:
     def body(emit: Any, x: relax.Expr) -> Any:
-        y = affine(emit, emit(relax.op.nn.max_pool2d(x, (2, 2), (2, 2), layout="NHWC")))
+        y = affine(emit, emit(ops.conv2d(x, constant(FLOAT_WEIGHT), name="c")))
         return binarize(emit, emit(relax.op.clip(y, 0, 6))), y, emit(relax.op.nn.relu(affine(emit, x)))
 
-    def planes(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-        shape = [int(extent) for extent in call.ty.shape]
-        return builder.call_te(
-            lambda x, beta: te.compute(shape, lambda n, y, w, *_: te.if_then_else(
-                x[n, y, w, 0] >= beta[0, 0], tvm.tirx.const(1, "uint32"), tvm.tirx.const(0, "uint32"))),
-            *call.args,
-        )  # fmt: skip
-
-    after = FuseEpilogue()(module([X], body))
-    assert names(after) == ["fused_max_pool2d_0", "fused_multiply_1"]
-    lowered = relax.transform.FuseTIR()(relax.transform.LegalizeOps({"horq.binarize": planes})(after))
+    after = FuseEpilogue()(packed(body))
+    assert names(after) == ["fused_packed_conv2d_0", "fused_multiply_1"]
+    lowered = relax.transform.FuseTIR()(relax.transform.LegalizeOps(dict(LEGALIZE))(after))
     lowered = relax.transform.DeadCodeElimination()(lowered)
     functions = {gvar.name_hint: func for gvar, func in lowered.functions.items()}
-    assert sorted(functions) == ["fused_max_pool2d_0", "fused_multiply_1", "main"]
-    assert isinstance(functions["fused_max_pool2d_0"], tvm.tirx.PrimFunc)
-    assert len(functions["fused_max_pool2d_0"].params) == 6  # x, two constants, β, and two results
+    assert sorted(functions) == ["fused_multiply_1", "fused_packed_conv2d_0", "main"]
+    assert isinstance(functions["fused_packed_conv2d_0"], tvm.tirx.PrimFunc)
+    assert len(functions["fused_packed_conv2d_0"].params) == 7  # x, weight, two constants, β, and two results
+
+
+def test_pooling_packs_nothing() -> None:
+    def body(emit: Any, x: relax.Expr) -> relax.Expr:
+        return binarize(emit, emit(relax.op.nn.max_pool2d(x, (2, 2), (2, 2), layout="NHWC")))
+
+    assert names(FuseEpilogue()(module([X], body)))[-1] == "horq.binarize"
+
+
+@pytest.mark.parametrize("channels", [8, 40])
+def test_planes_of_broken_words_are_a_kernel_of_their_own(channels: int) -> None:
+    weight = RNG.standard_normal((channels, 1, 1, channels)).astype("float32")
+
+    def body(emit: Any, x: relax.Expr) -> relax.Expr:
+        layer = emit(ops.conv2d(x, constant(weight), name="c"))
+        return binarize(emit, emit(relax.op.nn.relu(layer)))
+
+    after = fused(packed(body, (1, 4, 4, channels)))
+    assert inside(after, "fused_packed_conv2d_0") == ["horq.packed_conv2d", "relax.nn.relu"]
+    assert names(after)[-1] == "horq.binarize"
