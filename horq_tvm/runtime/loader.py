@@ -12,7 +12,7 @@ import platform
 import statistics
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,6 +174,16 @@ def _destroy_all(library: ctypes.CDLL, contexts: list[int]) -> None:
         library.horq_destroy(context)
 
 
+class _Call:
+    """The arrays of one call and the pointers to them: the arrays live as long as somebody may follow the pointers."""
+
+    def __init__(self, inputs: Sequence[Array], outputs: Sequence[TensorSpec]) -> None:
+        self.inputs = inputs
+        self.outputs = [_aligned_empty(spec) for spec in outputs]
+        self.sources = _pointers(self.inputs)
+        self.results = _pointers(self.outputs)
+
+
 class LoadedModel:
     """A library ready to run. Calls from several threads run at once, each with working memory of its own.
 
@@ -212,45 +222,35 @@ class LoadedModel:
         Arrays have the shape and dtype of `inputs`; one that is not contiguous is copied. UsageError names an input
         that is missing, unknown, or of another shape or dtype; HorqError a kernel that failed.
         """
-        run, results = self._prepare(arrays, named)
+        call = _Call(self._match(arrays, named), self.outputs)
         with self._contexts.borrowed() as context:
-            run(context)
-        return results
+            self._run(context, call)
+        return {spec.name: array for spec, array in zip(self.outputs, call.outputs, strict=True)}
 
     def profile(self, *arrays: Array, runs: int = 20, **named: Array) -> list[StepTime]:
         """The kernel calls of the model in order, each with its median time over `runs` runs, after one to warm up."""
         if runs < 1:
             raise UsageError(f"runs is {runs}; accepted is 1 or more")
-        run, _ = self._prepare(arrays, named)
+        call = _Call(self._match(arrays, named), self.outputs)
         library, count = self._library, self._library.horq_step_count()
         samples: list[list[int]] = []
         with self._contexts.borrowed() as context:
             library.horq_set_profiling(context, 1)
             try:
                 for _ in range(runs + 1):
-                    run(context)
+                    self._run(context, call)
                     samples.append(library.horq_step_nanoseconds(context)[:count])
             finally:
                 library.horq_set_profiling(context, 0)
         medians = [int(statistics.median(times)) for times in zip(*samples[1:], strict=True)]
         return [StepTime(library.horq_step_name(i).decode(), median) for i, median in enumerate(medians)]
 
-    def _prepare(
-        self, arrays: Sequence[Array], named: dict[str, Array]
-    ) -> tuple[Callable[[int], None], dict[str, Array]]:
-        """A function that runs the model on a context, and the arrays that it writes."""
-        inputs = self._match(arrays, named)
-        outputs = [_aligned_empty(spec) for spec in self.outputs]
-        sources, results = _pointers(inputs), _pointers(outputs)
-
-        def run(context: int, _alive: Sequence[Array] = inputs) -> None:
-            status = self._library.horq_run(context, sources, results)
-            if status != 0:
-                detail = self._library.horq_last_error(context).decode(errors="replace")
-                text = self._library.horq_status_text(status).decode()
-                raise HorqError(f"{self.path}: {text}" + (f" ({detail})" if detail else ""))
-
-        return run, {spec.name: array for spec, array in zip(self.outputs, outputs, strict=True)}
+    def _run(self, context: int, call: _Call) -> None:
+        status = self._library.horq_run(context, call.sources, call.results)
+        if status != 0:
+            detail = self._library.horq_last_error(context).decode(errors="replace")
+            text = self._library.horq_status_text(status).decode()
+            raise HorqError(f"{self.path}: {text}" + (f" ({detail})" if detail else ""))
 
     def _match(self, arrays: Sequence[Array], named: dict[str, Array]) -> list[Array]:
         """The arrays in the inputs' order, checked and contiguous."""
