@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,12 +98,9 @@ def build(
     loaded_plan = plan if isinstance(plan, Plan) or plan is None else load_plan(plan)
     choices = layers.choose(found, plan=loaded_plan, trained=imported.trained, order=order, scale=scale)
     configs = {name: choice.config for name, choice in choices.items() if choice.config is not None}
-    session = _Session(imported, canonical, resolved, say)
-    configs = session.calibrate(configs, calibration)
-    compiled = session.compile(configs, taps, found, choices)
-    untrained = sorted(configs.keys() - imported.trained.keys())
     _warn_of_nothing(choices, order)
-    return session.judge(compiled, untrained, calibration)
+    session = _Session(imported, canonical, resolved, calibration, say)
+    return session.compile(session.calibrate(configs), taps, found, choices)
 
 
 @dataclass(frozen=True)
@@ -113,21 +110,25 @@ class _Session:
     imported: ImportedModel
     canonical: tvm.IRModule
     target: targets.Target
+    data: Mapping[str, np.ndarray] | None
     say: Progress
 
-    def calibrate(
-        self, configs: Mapping[str, LayerConfig], data: Mapping[str, np.ndarray] | None
-    ) -> dict[str, LayerConfig]:
+    def calibrate(self, configs: Mapping[str, LayerConfig]) -> dict[str, LayerConfig]:
         """The configs, `static` ones without betas fitted to the calibration data."""
         open_layers = [n for n, c in configs.items() if c.scale == "static" and c.betas is None]
         if not open_layers:
             return dict(configs)
-        if data is None:
+        if self.data is None:
             raise UsageError(
                 f"layer {open_layers[0]}: scale static without betas and without calibration data; accepted: betas in"
                 " the plan, --calibration X.npz, or scale sample"
             )
-        return calibration.fit(self.canonical, self.imported.inputs, self.target, configs, data, self.say)
+        return calibration.fit(self.canonical, self.imported.inputs, self.host, configs, self.data, self.say)
+
+    @property
+    def host(self) -> targets.Target:
+        """The target if this machine can run it, else this machine: both compute the same integers."""
+        return targets.runnable(self.target)
 
     def compile(
         self,
@@ -142,7 +143,9 @@ class _Session:
         _warn_of_relus(relu_fed_layers(rewritten))
         records = tuple(_record(layer, choices[layer.name], configs.get(layer.name)) for layer in found)
         manifest = Manifest(self.imported.inputs, self._outputs(rewritten), layers=records)
-        return emit(rewritten, self.target, manifest, self.say)
+        compiled = emit(rewritten, self.target, manifest, self.say)
+        untrained = sorted(configs.keys() - self.imported.trained.keys())
+        return self._judge(compiled, rewritten, manifest, untrained)
 
     def _outputs(self, rewritten: tvm.IRModule) -> tuple[TensorSpec, ...]:
         names = [str(name) for name in rewritten.attrs[TAP_NAMES]] if TAP_NAMES in (rewritten.attrs or {}) else []
@@ -153,24 +156,23 @@ class _Session:
         )
         return (*self.imported.outputs, *tapped)
 
-    def judge(
-        self, compiled: CompiledModel, untrained: Sequence[str], data: Mapping[str, np.ndarray] | None
+    def _judge(
+        self, compiled: CompiledModel, rewritten: tvm.IRModule, manifest: Manifest, untrained: Sequence[str]
     ) -> CompiledModel:
         """Compares with the float model where layers were rewritten that no training prepared for it, and says so."""
         if not untrained:
-            report = {**compiled.report, "agreement": None, "cosine": None}
-            return CompiledModel(compiled.library, report, compiled._folder)
+            return replace(compiled, report={**compiled.report, "agreement": None, "cosine": None})
         self.say("comparing with the float model")
-        manifest = Manifest(self.imported.inputs, self.imported.outputs)
-        reference = emit(pipeline.rewrite({})(self.canonical), self.target, manifest, self.say)
-        result = agreement.compare(compiled.load(), reference.load(), data)
+        plain = Manifest(self.imported.inputs, self.imported.outputs)
+        reference = emit(pipeline.rewrite({})(self.canonical), self.host, plain, self.say)
+        here = compiled if self.host == self.target else emit(rewritten, self.host, manifest, self.say)
+        result = agreement.compare(here.load(), reference.load(), self.data)
         warnings.warn(
             f"{len(untrained)} layers were rewritten that were not trained for HORQ: on {result.inputs} top-1 agrees"
             f" with the float model on {result.agreement:.0%}, cosine of the outputs {result.cosine:.3f}; {TRAINING}",
-            stacklevel=3,
+            stacklevel=4,
         )
-        report = {**compiled.report, "agreement": result.agreement, "cosine": result.cosine}
-        return CompiledModel(compiled.library, report, compiled._folder)
+        return replace(compiled, report={**compiled.report, "agreement": result.agreement, "cosine": result.cosine})
 
 
 def emit(rewritten: tvm.IRModule, target: targets.Target, manifest: Manifest, say: Progress) -> CompiledModel:
