@@ -9,10 +9,8 @@ import tvm
 from tvm import relax
 
 from horq_tvm import ops
+from horq_tvm.layers import OPAQUE_LAYERS
 from horq_tvm.straightline import Array, Program, Writer, array_of, constant, op_name, read_main
-
-OPAQUE_LAYERS = "horq.opaque_layers"
-"""Module attribute: [name, "conv2d" or "dense"] of each named layer whose weight is not a constant matrix or kernel."""
 
 Padding = tuple[int, int, int, int]
 
@@ -24,7 +22,8 @@ class NameLayers:
     relax.nn.conv2d (NHWC, OHWI) → horq.conv2d, relax.matmul → horq.dense, where the weight is a constant under
     `horq.name`, permutes and reshapes, which are computed. A zero `nn.pad` of H and W before a conv becomes padding
     of the conv, so that `sample` and `static` do not take its zeros for elements.
-    Layers with another weight stay what they are and are listed in the module attribute "horq.opaque_layers".
+    Layers with another weight stay what they are and are listed in the module attribute "horq.opaque_layers" as
+    [name, "conv2d" or "dense"].
     No `horq.name` is left.
     """
 

@@ -204,6 +204,26 @@ CASES: dict[str, onnx.ModelProto] = {
         X,
         {"p": np.array([0, 0, 1, 0, 0, 0, 0, 2]), "v": np.float32(-1), "q": np.array([0, 0, 1, 1, 0, 0, 2, 1])},
     ),
+    "pad by amounts that PyTorch's exporter computes": make(
+        [
+            node("ConstantOfShape", "two", out="zeros", value=numpy_helper.from_array(np.array([0]))),
+            node("Concat", "widths", "zeros", out="all", axis=0),
+            node("Reshape", "all", "pairs", out="rows"),
+            node("Slice", "rows", "minus", "least", "zero", "minus", out="reversed"),
+            node("Transpose", "reversed", out="columns", perm=[1, 0]),
+            node("Reshape", "columns", "minus", out="pads"),
+            node("Pad", "x", "pads"),
+        ],
+        X,
+        {
+            "two": np.array([2]),
+            "widths": np.array([0, 0, 3, 1, 2, 0]),
+            "pairs": np.array([-1, 2]),
+            "minus": np.array([-1]),
+            "least": np.array([-(2**63) + 1]),
+            "zero": np.array([0]),
+        },
+    ),
     "transpose, squeeze, unsqueeze": make(
         chain(("Transpose", {"perm": [0, 2, 3, 1]}), ("Unsqueeze", "a"), ("Squeeze", "a"), ("Identity",)),
         X,

@@ -10,7 +10,8 @@ import tvm
 from tvm import relax
 
 from horq_tvm import ops
-from horq_tvm.relay_passes.name_layers import OPAQUE_LAYERS, NameLayers
+from horq_tvm.layers import OPAQUE_LAYERS
+from horq_tvm.relay_passes.name_layers import NameLayers
 from horq_tvm.relay_passes.to_nhwc import ToNHWC
 from horq_tvm.straightline import constant
 from tests.relay_passes.program import module, names, run

@@ -152,6 +152,16 @@ def batch_norm_in_training(node: Node) -> relax.Expr:
     raise HorqError("found batch normalisation in training mode; accepted is a model exported after model.eval()")
 
 
+@converts("prelu.default")
+def prelu(node: Node) -> relax.Expr:
+    """A slope for all or one a channel, axis 1 → leakyrelu or nn.prelu."""
+    x, slope = node["self"], node["weight"]
+    value = layers.array(slope)
+    if value is not None and value.size == 1:
+        return node.emit(relax.op.nn.leakyrelu(x, float(value.reshape(()))))
+    return node.emit(relax.op.nn.prelu(x, slope, 1))
+
+
 @converts("max_pool1d.default", "max_pool2d.default")
 def max_pool(node: Node) -> relax.Expr:
     """max_pool of one or two axes, rounding up turned into padding."""

@@ -16,7 +16,7 @@ from ..shapes import fix_shapes
 _KEPT = (
     *("linear.default", "conv1d.default", "conv1d.padding", "conv2d.default", "conv2d.padding"),
     *("matmul.default", "max_pool1d.default", "max_pool2d.default", "avg_pool1d.default", "avg_pool2d.default"),
-    "adaptive_avg_pool2d.default",
+    *("adaptive_avg_pool2d.default", "prelu.default"),
 )
 """Operators of aten that a converter of ours or TVM's takes whole."""
 
