@@ -165,13 +165,7 @@ def test_an_open_shape_is_given_on_the_command_line(tmp_path: Path, capsys: pyte
     "order",
     [
         "float",
-        pytest.param(
-            "2",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="the comparison with the float model runs on the target, not on targets.runnable(target)",
-            ),
-        ),
+        "2",
     ],
 )
 def test_a_library_for_a_cpu_that_this_is_not(
