@@ -176,7 +176,7 @@ class _Layout:
             return self.emit(_arithmetic(call, [self._beside(arg, rank) for arg in call.args]), channels_last(rank))
         features = {f for arg in call.args if (f := self.view(arg).features)}
         others = [array_of(arg) for arg in call.args if not self.view(arg).features]
-        if len(features) == 1 and all(value is not None and value.ndim < 2 for value in others):
+        if len(features) == 1 and all(value is not None and _strip(value).ndim < 2 for value in others):
             (found,) = features
             args = [self._feature_operand(arg, found) for arg in call.args]
             return _View(self.writer.emit(_arithmetic(call, args)), (0, 1), found)

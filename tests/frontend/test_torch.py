@@ -76,6 +76,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
         lambda: Call(lambda _, x: torch.cat([x.chunk(2, 1)[1] + 1, x * x.mean((2, 3), keepdim=True)], 1)),
         X,
     ),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(4, 3, 2, 2), X),
     "pad and upsample": (lambda: nn.Sequential(nn.ZeroPad2d((1, 0, 2, 1)), nn.Upsample(scale_factor=2)), X),
 }
 

@@ -121,7 +121,7 @@ def test_a_dense_layer_behind_a_flatten_takes_the_pixels_as_they_lie() -> None:
 
     def before(emit: Any, x: relax.Expr) -> relax.Expr:
         flat = emit(op.reshape(conv(emit, x, W), (2, 72)))
-        flat = emit(nn.relu(emit(op.add(flat, constant(normal(72))))))
+        flat = emit(nn.relu(emit(op.add(flat, constant(normal(1, 72))))))
         return emit(op.matmul(flat, emit(ops.name(constant(weight), name="fc"))))
 
     mod = module([X], before)

@@ -37,8 +37,9 @@ class Node:
         return tuple(int(v) for v in (values * length if len(values) == 1 else values))
 
 
-Converter = Callable[[Node], relax.Expr]
+Converter = Callable[[Node], "relax.Expr | None"]
 CONVERTERS: dict[str, Converter] = {}
+"""A converter returns None for a form of its operator that it leaves to TVM's converter."""
 LAYERS = {
     *("conv1d.default", "conv1d.padding", "conv2d.default", "conv2d.padding", "convolution.default"),
     *("linear.default", "matmul.default", "mm.default", "bmm.default", "addmm.default"),
@@ -58,12 +59,15 @@ def converts(*ops: str) -> Callable[[Converter], Converter]:
 
 
 @converts("conv1d.default", "conv2d.default", "conv1d.padding", "conv2d.padding", "convolution.default")
-def conv(node: Node) -> relax.Expr:
-    """conv1d and conv2d, padding by numbers or "same" and "valid" → named conv2d and an add."""
+def conv(node: Node) -> relax.Expr | None:
+    """conv1d and conv2d, padding by numbers or "same" and "valid" → named conv2d and an add.
+
+    A transposed convolution is no HORQ layer and stays TVM's.
+    """
     weight = node["weight"]
     kernel = layers.shape(weight)[2:]
     if node.arguments.get("transposed"):
-        raise HorqError(f"layer {node.name!r}: found a transposed convolution; accepted are convolutions")
+        return None
     dilation = node.ints("dilation", len(kernel))
     if isinstance(node["padding"], str):
         begin, end = _named_padding(node["padding"], kernel, dilation)

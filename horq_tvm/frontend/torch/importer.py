@@ -96,10 +96,12 @@ class _GraphImporter(ExportedProgramImporter):
     def _convert(self, node: fx.Node) -> Any:
         name = operator_name(node)
         converter = CONVERTERS.get(name)
-        if converter is None:
-            return self.convert_map[name](node)
-        values = fx.node.map_arg(_arguments(node), lambda source: self.env[source])
-        return converter(Node(self._names.get(node, node.name), name, values, self.emit, self.trained))
+        if converter is not None:
+            values = fx.node.map_arg(_arguments(node), lambda source: self.env[source])
+            result = converter(Node(self._names.get(node, node.name), name, values, self.emit, self.trained))
+            if result is not None:
+                return result
+        return self.convert_map[name](node)
 
     def emit(self, expr: relax.Expr) -> relax.Expr:
         """`expr` bound to a variable."""
