@@ -72,7 +72,7 @@ def transpose(emit: Emit, expr: relax.Expr, axes: Sequence[int]) -> relax.Expr:
 
 
 def per_channel(emit: Emit, vector: relax.Expr, axes: int) -> relax.Expr:
-    """A vector [C] in the shape that broadcasts along axis 1 of a tensor of `axes` axes: [1,C,1,1], [C] for a matrix."""
+    """A vector [C] in the shape that broadcasts along axis 1 of `axes` axes: [1,C,1,1], [C] for a matrix."""
     return reshape(emit, vector, (1, -1, *[1] * (axes - 2)) if axes > 2 else (-1,))
 
 
