@@ -55,7 +55,8 @@ def _schedule(func: tirx.PrimFunc, target: Target, rules: tuple) -> tuple[tirx.P
     for rule in rules:
         schedule = rule(func, target)
         if schedule is not None:
-            (scheduled,) = schedule.mod.functions.values()
+            # A block moved to other axes reads its operands at unsimplified indices, whose range TVM overestimates.
+            (scheduled,) = tirx.transform.StmtSimplify()(schedule.mod).functions.values()
             return scheduled.with_attrs({k: v for k, v in attrs.items() if k != "global_symbol"}), rule.__name__
     raise HorqError(f"no schedule rule of the family {target.family} takes this kernel:\n{func.script()}")
 

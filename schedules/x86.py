@@ -43,9 +43,13 @@ def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | 
     tile = choose(loop)
     work = blocks.work(sch, reductions[0])
 
-    n, y, x, f = sch.get_loops(master)
-    channels = int(sch.get(f).extent)
-    g, fo, fq, fv = sch.split(f, [groups, None, tile.q, lanes])
+    n, y, x, *f = sch.get_loops(master)
+    channels = int(sch.get(f[0]).extent)
+    if groups == 1:
+        g, fo, fq, fv = sch.split(f[0], [1, None, tile.q, lanes])
+    else:
+        n, y, x, g, fo, fv = _by_group(sch, master, channels // groups, lanes)
+        fo, fq = sch.split(fo, [None, tile.q])
     xo, xi = sch.split(x, [None, tile.px])
     yo, yi = sch.split(y, [None, tile.rows])
     sch.reorder(n, yo, g, fo, yi, xo, xi, fq, fv)
@@ -64,6 +68,18 @@ def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | 
     for block in followers:
         _follow(sch, block, xo, tile, lanes)
     return sch
+
+
+def _by_group(sch: s_tir.Schedule, master: s_tir.SBlockRV, per_group: int, lanes: int) -> list[s_tir.LoopRV]:
+    """The block's loops n, y, x, group, vector, lane; a vector never crosses a group, see `tile.lanes`.
+
+    By splitting the channels' loop the block would go on to read accumulators at f // per_group, and TVM takes the
+    range of that over a tile to be the whole group: too many for the stack.
+    """
+    sch.transform_block_layout(
+        master, lambda n, y, x, f: (n, y, x, f // per_group, f % per_group // lanes, f % per_group % lanes)
+    )
+    return sch.get_loops(master)
 
 
 def _accumulate(sch: s_tir.Schedule, block: s_tir.SBlockRV, at: s_tir.LoopRV) -> None:
