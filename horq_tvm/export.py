@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import logging
 import os
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.nn import freeze
 
 # What a plan may speak of: these, and the HORQ nodes.
-_NAMED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_NAMED_OPS = ("Conv", "Gemm", "MatMul")
 _PROTOBUF_LIMIT = 1 << 31
 
 
@@ -145,17 +145,17 @@ def _operator(name: str, **attributes: str) -> onnxscript.values.Op:
 
 
 def _name_layers(graph: ir.Graph) -> None:
-    """Name the nodes a plan may speak of after the modules they come from."""
-    seen: Counter[str] = Counter()
+    """Name the nodes a plan may speak of as `frontend.torch` does: after the modules they come from, and uniquely."""
+    taken: set[str] = set()
     for node in graph:
-        if node.domain != onnx_functions.DOMAIN and node.op_type not in _NAMED_OPS:
-            continue
         # ["", "layer1", "layer1.0", "layer1.0.conv1", <the torch node>]
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        name = scopes[-2] if len(scopes) > 1 else ""
-        if name:
-            node.name = f"{name}_{seen[name]}" if seen[name] else name
-            seen[name] += 1
+        if scopes and (node.domain == onnx_functions.DOMAIN or node.op_type in _NAMED_OPS):
+            # What the model's own forward calls has no module's name to bear.
+            wanted = "".join(scopes[-2:-1]) or scopes[-1]
+            numbered = (f"{wanted}_{count}" for count in itertools.count(1))
+            node.name = next(name for name in itertools.chain([wanted], numbered) if name not in taken)
+            taken.add(node.name)
 
 
 def _strip_metadata(model: ir.Model) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from horq_tvm import reference
@@ -224,6 +225,7 @@ class _ResidualQuantise(torch.autograd.Function):
         return _weighted_planes(x, beta)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, raw = ctx.saved_tensors
         beta = raw.clamp(min=MIN_BETA) if raw.dim() == 1 else raw
@@ -256,6 +258,7 @@ class _Sign(torch.autograd.Function):
         return sign(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (weight,) = ctx.saved_tensors
         return grad * (weight.abs() <= 1)

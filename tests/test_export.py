@@ -208,6 +208,7 @@ class _Twice(nn.Module):
 def test_names_are_unique(tmp_path: Path) -> None:
     proto = to_onnx(_Twice(), torch.randn(1, 4, 5, 5), tmp_path / "model.onnx")
     assert [node.name for node in proto.graph.node if node.domain == "horq"] == ["conv", "conv_1"]
+    assert [node.name for node in proto.graph.node if node.op_type == "MatMul"] == ["matmul"]
     assert len({node.name for node in proto.graph.node}) == len(proto.graph.node)
 
 

@@ -312,6 +312,16 @@ def test_weights_changed_during_eval_count() -> None:
         torch.testing.assert_close(layer(x), -2 * before)
 
 
+def test_inference_mode_leaves_the_layer_trainable() -> None:
+    layer, x = HorqConv2d(4, 3, 3, scale="static"), _random(1, 4, 5, 5)
+    _fitted(layer, x)
+    with torch.inference_mode():
+        layer(x)
+    layer.train()(x).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.beta.grad is not None
+
+
 def test_freeze_keeps_what_inference_needs() -> None:
     torch.manual_seed(0)
     x = _random(2, 4, 6, 6)
