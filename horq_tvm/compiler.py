@@ -196,7 +196,7 @@ def _import(
         return import_onnx(model, input_shapes)
     from .frontend.torch import import_torch
 
-    return import_torch(model, example_inputs)
+    return import_torch(model, example_inputs, input_shapes)
 
 
 def _record(layer: layers.Layer, choice: layers.Choice, config: LayerConfig | None) -> LayerRecord:

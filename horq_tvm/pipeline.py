@@ -32,6 +32,7 @@ def rewrite(configs: Mapping[str, LayerConfig], taps: Sequence[str] = ()) -> tvm
     return tvm.transform.Sequential(
         [
             RewriteLayers(configs, taps),
+            SinkReshapes(),
             FoldAffine(),
             FoldConstantPlane(),
             relax.transform.DeadCodeElimination(["main"]),
