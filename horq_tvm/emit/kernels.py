@@ -17,8 +17,7 @@ from horq_tvm.runtime.elf import Elf
 PROVIDED = frozenset({"__TVMBackendParallelLaunch", "TVMFFIErrorSetRaisedFromCStrParts"})
 """What our C runtime defines of what TVM's code generator may refer to."""
 
-# Objects that TVM's code generator defines (weak) in every module, whether something refers to them or not.
-_HARMLESS = frozenset({"__tvm_ffi__library_ctx"})
+_WORKSPACE = frozenset({"__TVMBackendAllocWorkspace", "__TVMBackendFreeWorkspace"})
 
 
 def symbol_names(steps: Sequence[Step]) -> dict[str, str]:
@@ -41,19 +40,24 @@ def compile_kernels(mod: tvm.IRModule, symbols: Mapping[str, str], target: tvm.t
         tvm.ir.GlobalVar(symbol): _kernel(mod, name).with_attr("global_symbol", symbol)
         for name, symbol in symbols.items()
     }
-    workspaces = _WorkspaceFinder()
+    final = _FinalModule()
     config = {"tirx.disable_assert": True}
-    with tvm.transform.PassContext(opt_level=3, config=config, instruments=[workspaces.instrument]):
+    with tvm.transform.PassContext(opt_level=3, config=config, instruments=[final.instrument]):
         library = tvm.tirx.build(tvm.IRModule(functions), target, pipeline="s_tir")
-    if workspaces.found:
-        names = {symbol: name for name, symbol in symbols.items()}
-        culprits = ", ".join(sorted({names.get(symbol, symbol) for symbol in workspaces.found}))
+    library.write_to_file(str(out), "o")
+    missing = _missing_references(out)
+    names = {symbol: name for name, symbol in symbols.items()}
+    if missing & _WORKSPACE:
+        culprits = ", ".join(names.get(symbol, symbol) for symbol in final.callers("tirx.TVMBackendAllocWorkspace"))
         raise HorqError(
             f"kernel {culprits} allocates a workspace at run time; its temporaries must fit on the stack "
-            "(scope 'global', under 1024 bytes) or be a kernel's output"
+            "(scope 'global', under 1024 bytes) or be outputs of the kernel"
         )
-    library.write_to_file(str(out), "o")
-    _check_references(out)
+    if missing:
+        raise HorqError(
+            f"the kernels refer to {', '.join(sorted(missing))} of TVM's runtime; a standalone library has only "
+            f"{', '.join(sorted(PROVIDED))}"
+        )
 
 
 def _kernel(mod: tvm.IRModule, name: str) -> tirx.PrimFunc:
@@ -63,39 +67,38 @@ def _kernel(mod: tvm.IRModule, name: str) -> tirx.PrimFunc:
     return function
 
 
-class _WorkspaceFinder:
-    """Looks at the module where TVM turns allocations into calls: the last place that knows the kernel by name."""
+class _FinalModule:
+    """Keeps the TensorIR in which allocations have become calls: the last form that knows the kernels by name."""
 
     def __init__(self) -> None:
-        self.found: list[str] = []
-        finder = self
+        self._mod = tvm.IRModule()
+        keeper = self
 
         @tvm.instrument.pass_instrument
         class Instrument:
             def run_after_pass(self, mod: tvm.IRModule, info: tvm.transform.PassInfo) -> None:
                 if info.name == "tirx.LowerTVMBuiltin":
-                    finder.look(mod)
+                    keeper._mod = mod
 
         self.instrument = Instrument()
 
-    def look(self, mod: tvm.IRModule) -> None:
-        for gvar, function in mod.functions.items():
-            texts: set[str] = set()
-            tvm_ffi.structural_walk(function.body, (tvm.ir.StringImm, lambda text, texts=texts: texts.add(text.value)))
-            if "TVMBackendAllocWorkspace" in texts:
-                self.found.append(gvar.name_hint)
+    def callers(self, op: str) -> list[str]:
+        """The symbols of the kernels that call the operator `op`, sorted."""
+        found = set()
+        for gvar, function in self._mod.functions.items():
+            called: set[str] = set()
+            look = lambda call, called=called: called.add(getattr(call.op, "name", ""))  # noqa: E731
+            tvm_ffi.structural_walk(function.body, (tvm.ir.Call, look))
+            if op in called:
+                found.add(gvar.name_hint)
+        return sorted(found)
 
 
-def _check_references(obj: Path) -> None:
-    """Whatever TVM symbol the object refers to or holds a weak slot for, the C runtime must define."""
+def _missing_references(obj: Path) -> set[str]:
+    """What the object refers to, or holds a weak slot for, of TVM's runtime and the C runtime does not define."""
     wanted = {
         symbol.name
         for symbol in Elf.read(obj).symbols()
         if (symbol.undefined or symbol.weak) and re.match("(__)?(TVM|tvm_ffi__)", symbol.name)
     }
-    missing = sorted(wanted - PROVIDED - _HARMLESS)
-    if missing:
-        raise HorqError(
-            f"the kernels refer to {', '.join(missing)} of TVM's runtime; a standalone library has only "
-            f"{', '.join(sorted(PROVIDED))}"
-        )
+    return wanted - PROVIDED

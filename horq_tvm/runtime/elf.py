@@ -76,6 +76,8 @@ class Elf:
         machine = struct.unpack_from("<H", data, 18)[0]
         (table,) = struct.unpack_from("<Q", data, 40) if wide else struct.unpack_from("<I", data, 32)
         entry_size, count, names_index = struct.unpack_from("<HHH", data, 58 if wide else 46)
+        if table + count * entry_size > len(data):
+            raise ValueError("the section headers past the end")
         headers = [_header(data, table + index * entry_size, wide) for index in range(count)]
         names = headers[names_index]
         sections = []
