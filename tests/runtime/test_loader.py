@@ -174,7 +174,7 @@ def test_a_rebuilt_library_is_not_mistaken_for_the_old_one(tmp_path: Path) -> No
 
 def test_threads_end_with_the_model(library: Path) -> None:
     def count() -> int:
-        return len(os.listdir("/proc/self/task"))
+        return sum(1 for _ in Path("/proc/self/task").iterdir())
 
     before = count()
     model = load(library, threads=4)
