@@ -76,10 +76,18 @@ def _by_group(sch: s_tir.Schedule, master: s_tir.SBlockRV, per_group: int, lanes
     By splitting the channels' loop the block would go on to read accumulators at f // per_group, and TVM takes the
     range of that over a tile to be the whole group: too many for the stack.
     """
-    sch.transform_block_layout(
-        master, lambda n, y, x, f: (n, y, x, f // per_group, f % per_group // lanes, f % per_group % lanes)
-    )
-    return sch.get_loops(master)
+    blocks_of_group = per_group // lanes
+
+    def split(n: tirx.Expr, y: tirx.Expr, x: tirx.Expr, f: tirx.Expr) -> tuple[tirx.Expr, ...]:
+        inner = f % per_group
+        axes = (inner // lanes, inner % lanes) if blocks_of_group > 1 and lanes > 1 else (inner,)
+        return (n, y, x, f // per_group, *axes)  # an axis of one element would not be an affine map of f to TVM
+
+    sch.transform_block_layout(master, split)
+    loops = sch.get_loops(master)
+    if lanes == 1:
+        return [*loops, sch.add_unit_loop(master)]
+    return loops if blocks_of_group > 1 else [*loops[:4], sch.add_unit_loop(loops[4]), loops[4]]
 
 
 def _accumulate(sch: s_tir.Schedule, block: s_tir.SBlockRV, at: s_tir.LoopRV) -> None:
