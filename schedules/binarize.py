@@ -148,6 +148,8 @@ def _plane_words(value: tirx.Expr, scales: list[tirx.Expr], lanes: int, first: i
         residual = residual - _splat(beta, lanes)
     words = []
     for beta in scales[first:]:
+        # Bound to a name: R_{i-1} occurs twice in R_i, and TVM's passes would walk 2^K copies of it.
+        residual = T.bind(residual)
         positive = residual >= _splat(tirx.const(0.0, "float32"), lanes)
         words.append(_mask(positive, lanes))
         residual = residual - tirx.Select(positive, _splat(beta, lanes), _splat(-beta, lanes))

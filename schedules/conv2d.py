@@ -1,8 +1,8 @@
-"""Float convolutions on packed weights, and zero padding: what the layers that stay float are made of."""
+"""Float convolutions on packed weights: what the layers that stay float are made of."""
 
 from __future__ import annotations
 
-from tvm import te, tirx
+from tvm import te
 
 from horq_tvm.ops import Geometry
 
@@ -42,15 +42,3 @@ def depthwise(x: te.Tensor, weight: te.Tensor, geometry: Geometry) -> te.Tensor:
         lambda n, y, x_, c: te.sum(x[n, y * sy + ry * dy, x_ * sx + rx * dx, c] * weight[ry, rx, c], axis=[ry, rx]),
         name="depthwise",
     )
-
-
-def pad(x: te.Tensor, padding: tuple[int, int, int, int]) -> te.Tensor:
-    """Zeros around the two axes after the batch: planes and NHWC activations alike."""
-    top, left, bottom, right = padding
-    batch, height, width, *rest = (int(e) for e in x.shape)
-
-    def element(n, y, x_, *inner):  # type: ignore[no-untyped-def]
-        inside = tirx.all(y >= top, y < top + height, x_ >= left, x_ < left + width)
-        return tirx.if_then_else(inside, x[(n, y - top, x_ - left, *inner)], tirx.const(0, x.dtype))
-
-    return te.compute((batch, height + top + bottom, width + left + right, *rest), element, name="pad")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 
 from tvm import relax
+from tvm.ir import Op
 from tvm.relax import BlockBuilder
 
 from horq_tvm.ops import Geometry, shape_of
@@ -12,6 +14,7 @@ from horq_tvm.ops import Geometry, shape_of
 from . import conv2d as float_conv
 from .binarize import Binarization, binarize
 from .bitserial import Bitserial, bitserial
+from .pad import pad_rows
 from .scales import patch_scales, sample_scales
 
 Legalize = Callable[[BlockBuilder, relax.Call], relax.Expr]
@@ -45,9 +48,31 @@ def _scales(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
 
 def _pad_planes(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
     top, left, bottom, right = (int(v) for v in call.attrs["padding"])
-    return builder.call_te(
-        float_conv.pad, call.args[0], padding=(top, left, bottom, right), primfunc_name_hint="pad_planes"
-    )
+    return _pad_rows(builder, call, (top, left), (bottom, right))
+
+
+def _pad(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+    """relax.nn.pad of NHWC images with zeros; any other padding as TVM legalises it."""
+    widths = [int(v) for v in call.attrs.pad_width]
+    inner = len(widths) == 8 and not any(widths[:2] + widths[6:]) and min(widths) >= 0
+    if not inner or call.attrs.pad_mode != "constant" or float(call.attrs.pad_value) != 0.0:
+        return Op.get("relax.nn.pad").get_attr("FLegalize")(builder, call)
+    return _pad_rows(builder, call, (widths[2], widths[4]), (widths[3], widths[5]))
+
+
+def _pad_rows(
+    builder: BlockBuilder, call: relax.Call, before: tuple[int, int], after: tuple[int, int]
+) -> relax.Expr:
+    """Height and width of [N,H,W,...] padded by `before` = (top, left) and `after` = (bottom, right) elements."""
+    x = call.args[0]
+    n, h, w, *rest = shape_of(x)
+    pixel = prod(rest)
+    (top, left), (bottom, right) = before, after
+    func = pad_rows((n, h, w * pixel), (top, left * pixel), (bottom, right * pixel), str(call.ty.dtype.dtype))
+    flat = builder.emit(relax.op.reshape(x, (n, h, w * pixel)))
+    out = relax.TensorType([n, top + h + bottom, (left + w + right) * pixel], call.ty.dtype)
+    padded = builder.emit(relax.call_tir(builder.add_func(func, "pad"), [flat], out_ty=out))
+    return relax.op.reshape(padded, shape_of(call))
 
 
 def _packed_bitserial(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -83,6 +108,7 @@ LEGALIZE: Mapping[str, Legalize] = {
     "horq.binarize": _binarize,
     "horq.scales": _scales,
     "horq.pad_planes": _pad_planes,
+    "relax.nn.pad": _pad,
     "horq.packed_bitserial": _packed_bitserial,
     "horq.packed_conv2d": _packed_conv2d,
     "horq.packed_depthwise": _packed_depthwise,
