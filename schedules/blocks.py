@@ -60,6 +60,18 @@ def keeps_last_axis(sch: Sch, block: Block) -> bool:
     return all(region[len(region) - 1].min.same_as(last) for region in sources)
 
 
+def source_of_last_axis(sch: Sch, block: Block) -> int | None:
+    """For a transposing map, the position of the loop that runs along its operand's last axis; None for any other."""
+    node = sch.get(block)
+    variables = [v.var for v in node.iter_vars]
+    if len(node.reads) != 1 or len(variables) != len(sch.get_loops(block)):
+        return None
+    region = node.reads[0].region
+    last = region[len(region) - 1].min
+    position = next((i for i, var in enumerate(variables) if var.same_as(last)), None)
+    return position if position is not None and position < len(variables) - 1 else None
+
+
 def work(sch: Sch, block: Block) -> int:
     """How often the block's body runs."""
     return prod(int(v.dom.extent) for v in sch.get(block).iter_vars)

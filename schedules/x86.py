@@ -8,11 +8,12 @@ from tvm import s_tir, tirx
 
 from horq_tvm.targets import Target
 
-from . import blocks
+from . import blocks, nibble
 from .tile import Loop, Tile, choose
 
 Rule = Callable[[tirx.PrimFunc, Target], "s_tir.Schedule | None"]
 
+TRANSPOSE = 16  # elements along each side of a transposed square: a cache line
 PARALLEL_WORK = 1 << 16  # inner operations under which sharing a kernel out costs more than it brings
 
 
@@ -20,7 +21,7 @@ def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | 
     """Bitserial and float convolutions with their epilogue, and the next layer's planes, in one tile nest."""
     sch = s_tir.Schedule(func)
     kernel = blocks.Kernel.of(sch)
-    reductions = [b for b in kernel.reductions if blocks.name(sch, b).startswith(("popcount", "multiply"))]
+    reductions = [b for b in kernel.reductions if blocks.name(sch, b).startswith(("popcount", "flush", "multiply"))]
     if not reductions:
         return None
     popcount = blocks.name(sch, reductions[0]).startswith("popcount")
@@ -59,9 +60,9 @@ def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | 
         sch.annotate(fo, "pragma_loop_partition_hint", 1)
     outer = sch.fuse(n, yo)
     if work >= PARALLEL_WORK:
-        sch.parallel(outer if int(sch.get(outer).extent) > 1 else sch.fuse(g, fo))
+        sch.parallel(outer if int(sch.get(outer).extent) > 1 else g if groups > 1 else fo)
     for block in reductions:
-        _accumulate(sch, block, xo)
+        accumulate(sch, block, xo)
     blocks.vectorize(sch, fv)
     sch.unroll(xi)
     sch.unroll(fq)
@@ -198,14 +199,32 @@ def _map(sch: s_tir.Schedule, block: s_tir.SBlockRV, target: Target) -> None:
         return
     *outer, last = loops
     extent, lanes = int(sch.get(last).extent), target.vector_bits // 32
+    source = blocks.source_of_last_axis(sch, block)
+    if source is not None and extent >= lanes:
+        _transpose(sch, block, source)
+        return
     if extent % lanes == 0:
         rest, inner = sch.split(last, [None, lanes])
         sch.vectorize(inner)
-        outer = [*outer, rest] if not outer else outer
+        outer = outer or [rest]
     if outer:
         top = sch.fuse(*outer)
         if blocks.work(sch, block) >= PARALLEL_WORK:
             sch.parallel(top)
+
+
+def _transpose(sch: s_tir.Schedule, block: s_tir.SBlockRV, source: int) -> None:
+    """A map that reads along loop `source` and writes along the last one: squares that stay in the first-level cache."""
+    loops = sch.get_loops(block)
+    read, written = loops[source], loops[-1]
+    ro, ri = sch.split(read, [None, min(TRANSPOSE, int(sch.get(read).extent))])
+    wo, wi = sch.split(written, [None, min(TRANSPOSE, int(sch.get(written).extent))])
+    outer = [ro if loop.same_as(read) else loop for loop in loops[:-1]]
+    sch.reorder(*outer, wo, ri, wi)
+    sch.vectorize(wi)
+    top = sch.fuse(*outer)
+    if blocks.work(sch, block) >= PARALLEL_WORK:
+        sch.parallel(top)
 
 
 def plain(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
