@@ -8,9 +8,14 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax, s_tir, tirx
 
+from horq_tvm.emit.plan import IN_PLACE
 from horq_tvm.errors import HorqError
+from horq_tvm.schedules import blocks
 from horq_tvm.straightline import Writer, op_name, read_main
 from horq_tvm.targets import Target
+
+# Rules whose schedules touch each element of an operand of the output's shape once, right where they write it.
+ELEMENTWISE_RULES = frozenset({"direct_convolution", "elementwise"})
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleKernels")
@@ -33,6 +38,8 @@ class ScheduleKernels:
                 continue
             scheduled, rule = _schedule(func, self.target, rules)
             scheduled = scheduled.with_attr("horq.rule", rule)
+            if rule in ELEMENTWISE_RULES and (pairs := blocks.in_place(scheduled)):
+                scheduled = scheduled.with_attr(IN_PLACE, pairs)
             if rule == "plain" and scheduled.body.block.alloc_buffers:
                 del updated[gvar]
                 extra[gvar] = _hoist(scheduled)

@@ -61,9 +61,7 @@ def binarize(spec: Binarization) -> tirx.PrimFunc:
     return builder.get()
 
 
-def _words(
-    spec: Binarization, x: tirx.Buffer, beta: tirx.Buffer, planes: tirx.Buffer, words: range, bits: int
-) -> None:
+def _words(spec: Binarization, x: tirx.Buffer, beta: tirx.Buffer, planes: tirx.Buffer, words: range, bits: int) -> None:
     """The sblock that packs `words` of every pixel and group, each from `bits` channels.
 
     Whole words have one axis over all groups, since what TVM can fuse into a tile of channels reads `32·word` onwards.
@@ -83,8 +81,10 @@ def _words(
             if inside is None:
                 T.reads(x[n, row, column, channel : channel + bits], beta[_beta_region(spec, n, y, x_, g)])
             else:
-                T.reads(x[n, 0 : spec.input_shape[1], 0 : spec.input_shape[2], channel : channel + bits],
-                        beta[_beta_region(spec, n, y, x_, g)])
+                T.reads(
+                    x[n, 0 : spec.input_shape[1], 0 : spec.input_shape[2], channel : channel + bits],
+                    beta[_beta_region(spec, n, y, x_, g)],
+                )
             T.writes(planes[n, y, x_, g, 0:count, word])
             parts = []
             for offset, lanes in _chunks(bits):
@@ -126,9 +126,7 @@ def _source(
     return row, column, tirx.all(row >= 0, row < height, column >= 0, column < width)
 
 
-def _load(
-    x: tirx.Buffer, index: tuple[tirx.Expr, ...], lanes: int, inside: tirx.Expr | None
-) -> tirx.Expr:
+def _load(x: tirx.Buffer, index: tuple[tirx.Expr, ...], lanes: int, inside: tirx.Expr | None) -> tirx.Expr:
     """`lanes` channels of x from `index` on; zeros where the position is padding."""
     n, row, column, channel = index
     value = x[n, row, column, T.Ramp(channel, tirx.const(1, "int64"), lanes) if lanes > 1 else channel]

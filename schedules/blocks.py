@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+import tvm_ffi
 from tvm import s_tir, tirx
 
 Sch = s_tir.Schedule
@@ -44,6 +45,11 @@ def packs(sch: Sch, block: Block) -> bool:
 def spatial_extents(sch: Sch, block: Block) -> tuple[int, ...]:
     """Extents of the block's spatial axes."""
     return tuple(int(v.dom.extent) for v in sch.get(block).iter_vars if int(v.iter_type) == tirx.IterVar.DataPar)
+
+
+def written_shape(sch: Sch, block: Block) -> tuple[int, ...]:
+    """The shape of the buffer that the block writes."""
+    return tuple(int(extent) for extent in sch.get(block).writes[0].source.shape)
 
 
 def keeps_last_axis(sch: Sch, block: Block) -> bool:
@@ -115,3 +121,36 @@ def inline_elementwise(sch: Sch) -> list[Block]:
         else:
             sch.compute_inline(block)
     return kept
+
+
+def in_place(func: tirx.PrimFunc) -> list[list[int]]:
+    """Pairs (input, output) of parameters that may be one piece of memory, see `emit.plan.Step`.
+
+    The input is read by one block alone, at the very index at which that block writes the output.
+    """
+    found: list[s_tir.SBlock] = []
+    tvm_ffi.structural_walk(func.body, (s_tir.SBlock, found.append))
+    inner = [block for block in found if block.name_hint != "root"]
+    pairs: list[list[int]] = []
+    for o, output in enumerate(func.params):
+        writers = [block for block in inner if any(w.source.same_as(output) for w in block.writes)]
+        if len(writers) != 1:
+            continue
+        (write,) = [w for w in writers[0].writes if w.source.same_as(output)]
+        for i, operand in enumerate(func.params):
+            readers = [block for block in inner if any(r.source.same_as(operand) for r in block.reads)]
+            if i == o or len(readers) != 1 or not readers[0].same_as(writers[0]):
+                continue
+            reads = [r for r in readers[0].reads if r.source.same_as(operand)]
+            if len(reads) == 1 and _same_element(reads[0], write):
+                pairs.append([i, o])
+    return pairs
+
+
+def _same_element(read: object, write: object) -> bool:
+    """Whether two regions are the same single element of tensors of one type."""
+    a, b = read.source, write.source  # type: ignore[attr-defined]
+    if str(a.dtype) != str(b.dtype) or [int(e) for e in a.shape] != [int(e) for e in b.shape]:
+        return False
+    ranges = zip(read.region, write.region, strict=True)  # type: ignore[attr-defined]
+    return all(tvm_ffi.structural_equal(r.min, w.min) and int(r.extent) == int(w.extent) == 1 for r, w in ranges)

@@ -24,9 +24,11 @@ def conv2d(x: te.Tensor, weight: te.Tensor, geometry: Geometry, channels: int) -
     per_group = channels // groups
     return te.compute(
         (batch, *out, channels),
-        lambda n, y, x_, f: acc[n, y, x_, f // per_group, (f % per_group) // lanes, (f % per_group) % lanes]
-        if groups > 1
-        else acc[n, y, x_, 0, f // lanes, f % lanes],
+        lambda n, y, x_, f: (
+            acc[n, y, x_, f // per_group, (f % per_group) // lanes, (f % per_group) % lanes]
+            if groups > 1
+            else acc[n, y, x_, 0, f // lanes, f % lanes]
+        ),
         name="conv2d",
     )
 

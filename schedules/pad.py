@@ -10,9 +10,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 
-def pad_rows(
-    shape: tuple[int, int, int], before: tuple[int, int], after: tuple[int, int], dtype: str
-) -> tirx.PrimFunc:
+def pad_rows(shape: tuple[int, int, int], before: tuple[int, int], after: tuple[int, int], dtype: str) -> tirx.PrimFunc:
     """x [N, H, M] → [N, top+H+bottom, left+M+right], `before` = (top, left) and `after` = (bottom, right) elements."""
     batch, height, row = shape
     (top, left), (bottom, right) = before, after

@@ -31,13 +31,20 @@ def entry(symbol: str) -> str:
     return f"__tvm_ffi_{symbol}"
 
 
-def compile_kernels(mod: tvm.IRModule, symbols: Mapping[str, str], target: tvm.target.Target, out: Path) -> None:
+def compile_kernels(
+    mod: tvm.IRModule,
+    symbols: Mapping[str, str],
+    target: tvm.target.Target,
+    out: Path,
+    in_place: frozenset[str] = frozenset(),
+) -> None:
     """Compiles the PrimFuncs that `symbols` names to the object file `out`, each under its symbol.
 
+    Those of `in_place` are handed one piece of memory twice, so LLVM must not be told that arguments are apart.
     HorqError where a kernel allocates a workspace: in a kernel's inner loops that costs more than the kernel.
     """
     functions = {
-        tvm.ir.GlobalVar(symbol): _kernel(mod, name).with_attr("global_symbol", symbol)
+        tvm.ir.GlobalVar(symbol): _kernel(mod, name, name in in_place).with_attr("global_symbol", symbol)
         for name, symbol in symbols.items()
     }
     final = _FinalModule()
@@ -60,11 +67,11 @@ def compile_kernels(mod: tvm.IRModule, symbols: Mapping[str, str], target: tvm.t
         )
 
 
-def _kernel(mod: tvm.IRModule, name: str) -> tirx.PrimFunc:
+def _kernel(mod: tvm.IRModule, name: str, in_place: bool) -> tirx.PrimFunc:
     function = mod[name]
     if not isinstance(function, tirx.PrimFunc):
         raise HorqError(f"main calls {name}, which is a {type(function).__name__}; a kernel is a PrimFunc")
-    return function
+    return function.with_attr("tirx.noalias", False) if in_place else function
 
 
 class _FinalModule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from horq_tvm.emit.plan import CallPlan
@@ -60,6 +60,8 @@ class Placement:
     copies: tuple[Copy, ...]
     arena_bytes: int
     weight_bytes: int
+    in_place: frozenset[str] = frozenset()
+    """The kernels that are handed one piece of memory as an input and an output."""
 
 
 def align(offset: int) -> int:
@@ -71,7 +73,8 @@ def place(plan: CallPlan) -> Placement:
     """Places every buffer of `plan`.
 
     A temporary that is an output lies in the caller's memory from the start, so that nothing is copied; an output that
-    is an input, a constant or a second name of another output is copied at the end.
+    is an input, a constant or a second name of another output is copied at the end. Where a kernel may work in place
+    and its operand is not needed afterwards, both are one piece of memory: a residual added so stays in the cache.
     """
     direct, copies = _split_outputs(plan)
     places: list[Place | None] = [None] * len(plan.buffers)
@@ -84,10 +87,37 @@ def place(plan: CallPlan) -> Placement:
         elif buffer_.kind == "constant":
             places[index] = Place(Space.WEIGHTS, weight_bytes)
             weight_bytes = align(weight_bytes + buffer_.nbytes)
-    offsets, arena_bytes = pack(life for life in _lifetimes(plan) if life.buffer not in direct)
-    for index, offset in offsets.items():
-        places[index] = Place(Space.ARENA, offset)
-    return Placement(tuple(places), copies, arena_bytes, weight_bytes)
+    shared, in_place = _share([life for life in _lifetimes(plan) if life.buffer not in direct], plan)
+    offsets, arena_bytes = pack(lives[0] for lives in shared)
+    for first, *others in shared:
+        for index in (first.buffer, *(life.buffer for life in others)):
+            places[index] = Place(Space.ARENA, offsets[first.buffer])
+    return Placement(tuple(places), copies, arena_bytes, weight_bytes, in_place)
+
+
+def _share(lifetimes: Sequence[Lifetime], plan: CallPlan) -> tuple[list[list[Lifetime]], frozenset[str]]:
+    """Lifetimes that are one piece of memory by kernels working in place, the first of each the span of all.
+
+    An output takes over the memory of an input that dies in the same step and that no other argument of it looks at.
+    """
+    by_buffer = {life.buffer: life for life in lifetimes}
+    owner = {life.buffer: life.buffer for life in lifetimes}
+    groups = {life.buffer: [life] for life in lifetimes}
+    kernels: set[str] = set()
+    for index, step in enumerate(plan.steps):
+        buffers = [plan.views[view].buffer for view in step.args]
+        for source, target in ((buffers[i], buffers[o]) for i, o in step.in_place):
+            old, new = by_buffer.get(source), by_buffer.get(target)
+            if old is None or new is None or buffers.count(source) > 1 or old.nbytes != new.nbytes:
+                continue
+            root = owner[source]
+            if groups[root][0].last != index or new.first != index or owner[target] != target:
+                continue
+            span = replace(groups[root][0], last=new.last)
+            groups[root] = [span, *groups[root][1:], *groups.pop(target)]
+            owner[target] = root
+            kernels.add(step.kernel)
+    return list(groups.values()), frozenset(kernels)
 
 
 def _split_outputs(plan: CallPlan) -> tuple[dict[int, int], tuple[Copy, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -13,6 +13,8 @@ from tvm import relax
 from tvm.ir import GenericConst, GlobalVar, Op
 
 from horq_tvm.errors import HorqError
+
+IN_PLACE = "horq.in_place"
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,16 @@ class View:
 
 @dataclass(frozen=True)
 class Step:
-    """One kernel call: the name of its PrimFunc in the module, and the views that are its arguments, outputs last."""
+    """One kernel call: the name of its PrimFunc in the module, and the views that are its arguments, outputs last.
+
+    `in_place` lists pairs of arguments (input, output) that may be the same memory: the kernel reads each element of
+    the one just before it writes that element of the other, and never again.
+    """
 
     kernel: str
     name: str
     args: tuple[int, ...]
+    in_place: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def make_plan(lowered: tvm.IRModule, step_names: Mapping[str, str] | None = None
     any other call is shown by its kernel's name. HorqError names whatever is not a call, an alias or a constant.
     """
     main = lowered["main"]
-    builder = _Builder(step_names or {})
+    builder = _Builder(step_names or {}, _in_place(lowered))
     for index, param in enumerate(main.params):
         builder.add_param(index, param)
     result: relax.Expr = main.body
@@ -97,13 +104,23 @@ def make_plan(lowered: tvm.IRModule, step_names: Mapping[str, str] | None = None
     return builder.finish(result)
 
 
+def _in_place(mod: tvm.IRModule) -> dict[str, tuple[tuple[int, int], ...]]:
+    """The attribute "horq.in_place" of each kernel that has one, see `Step`."""
+    found: dict[str, tuple[tuple[int, int], ...]] = {}
+    for gvar, function in mod.functions.items():
+        if IN_PLACE in (function.attrs or {}):
+            found[gvar.name_hint] = tuple((int(i), int(o)) for i, o in function.attrs[IN_PLACE])
+    return found
+
+
 Value = int | tuple["Value", ...] | None
 """What a variable holds: a view, a tuple, or nothing (a call in destination-passing style)."""
 
 
 class _Builder:
-    def __init__(self, step_names: Mapping[str, str]) -> None:
+    def __init__(self, step_names: Mapping[str, str], in_place: Mapping[str, tuple[tuple[int, int], ...]]) -> None:
         self._step_names = step_names
+        self._in_place = in_place
         self._buffers: list[Buffer] = []
         self._views: list[View] = []
         self._view_ids: dict[View, int] = {}
@@ -127,7 +144,7 @@ class _Builder:
         for view in _leaves(value):
             if display is not None and view in self._writers:
                 at = self._writers[view]
-                self._steps[at] = Step(self._steps[at].kernel, display, self._steps[at].args)
+                self._steps[at] = replace(self._steps[at], name=display)
 
     def finish(self, result: relax.Expr) -> CallPlan:
         value = self._evaluate(result, "the result")
@@ -174,7 +191,7 @@ class _Builder:
                 raise HorqError(f"kernel {kernel} takes an argument that is no tensor")
             args.append(value)
         self._writers.update(dict.fromkeys(args, len(self._steps)))
-        self._steps.append(Step(kernel, kernel, tuple(args)))
+        self._steps.append(Step(kernel, kernel, tuple(args), self._in_place.get(kernel, ())))
         return None
 
     def _allocate(self, call: relax.Call, name: str) -> int:

@@ -63,7 +63,7 @@ def standalone(
         symbols = kernels.symbol_names(plan.steps)
         objects = []
         if symbols:
-            kernels.compile_kernels(mod, symbols, target.tvm_target(), folder / "kernels.o")
+            kernels.compile_kernels(mod, symbols, target.tvm_target(), folder / "kernels.o", placement.in_place)
             objects.append("kernels.o")
         source = driver.model_source(plan, placement, symbols, manifest.inputs, manifest.outputs, questions)
         (folder / "model.c").write_text(source)

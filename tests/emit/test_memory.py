@@ -71,3 +71,30 @@ def test_an_output_takes_no_arena_even_where_later_steps_read_it() -> None:
     placement = place(plan_of(buffers, [(0, 1), (1, 2)], [1, 2]))
     assert placement.arena_bytes == 0
     assert not placement.copies
+
+
+def in_place_plan(steps: list[tuple[int, ...]], outputs: list[int], count: int) -> CallPlan:
+    """Input 0 and temporaries of 64 bytes; the first argument of every step may share memory with its last."""
+    buffers = [Buffer("input", 64)] + [Buffer("temporary", 64)] * (count - 1)
+    plan = plan_of(buffers, steps, outputs)
+    allowed = tuple(Step(f"k{i}", "k", s.args, ((0, len(s.args) - 1),)) for i, s in enumerate(plan.steps))
+    return CallPlan(plan.buffers, plan.views, allowed, plan.outputs)
+
+
+def test_an_operand_that_dies_gives_its_memory_to_the_result() -> None:
+    placement = place(in_place_plan([(0, 1), (1, 2), (2, 3), (3, 4)], [4], 5))
+    assert placement.places[1] == placement.places[2] == placement.places[3]
+    assert placement.arena_bytes == 64
+    assert placement.in_place == {"k1", "k2"}  # the model's input stays as it is, its output is the caller's memory
+
+
+def test_an_operand_that_is_read_later_keeps_its_memory() -> None:
+    placement = place(in_place_plan([(0, 1), (1, 2), (1, 2, 3)], [3], 4))
+    assert placement.places[1] != placement.places[2]
+    assert "k1" not in placement.in_place
+
+
+def test_an_operand_that_another_argument_looks_at_keeps_its_memory() -> None:
+    placement = place(in_place_plan([(0, 1), (1, 1, 2), (2, 3)], [3], 4))
+    assert placement.places[1] != placement.places[2]
+    assert not placement.in_place
