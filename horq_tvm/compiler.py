@@ -20,6 +20,7 @@ from .frontend import ImportedModel
 from .manifest import LayerRecord, Manifest
 from .plan import Plan, load_plan
 from .relay_passes.fold_constant_plane import relu_fed_layers
+from .relay_passes.fuse_epilogue import LAYER_ATTR
 from .relay_passes.rewrite_layers import TAP_NAMES
 from .runtime.loader import LoadedModel, load
 from .specs import LayerConfig, TensorSpec
@@ -179,11 +180,22 @@ def emit(rewritten: tvm.IRModule, target: targets.Target, manifest: Manifest, sa
     """Optimises, lowers and links a rewritten module into a library in a temporary folder."""
     say("scheduling kernels")
     with target.tvm_target():
-        lowered = pipeline.lower(target)(pipeline.optimise(target)(rewritten))
+        grouped = pipeline.optimise(target)(rewritten)
+        lowered = pipeline.lower(target)(grouped)
     say("compiling")
     folder = tempfile.TemporaryDirectory(prefix="horq-tvm-")
     library = Path(folder.name) / "model.so"
-    return CompiledModel(library, standalone(lowered, target, manifest, library).to_dict(), folder)
+    written = standalone(lowered, target, manifest, library, _step_names(grouped))
+    return CompiledModel(library, written.to_dict(), folder)
+
+
+def _step_names(grouped: tvm.IRModule) -> dict[str, str]:
+    """What the profile shows for a kernel that has a layer: both names. (FuseTIR keeps the one and drops the other.)"""
+    return {
+        gvar.name_hint: f"{gvar.name_hint} {function.attrs[LAYER_ATTR]}"
+        for gvar, function in grouped.functions.items()
+        if LAYER_ATTR in (function.attrs or {})
+    }
 
 
 def _import(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -88,8 +88,7 @@ def lower(mod: tvm.IRModule) -> tvm.IRModule:
 def make_plan(lowered: tvm.IRModule, step_names: Mapping[str, str] | None = None) -> CallPlan:
     """Reads the straight line that `lower` leaves in `main`.
 
-    `step_names` maps the name of a variable that a call's result is bound to, to what the profile shows for the call;
-    any other call is shown by its kernel's name. HorqError names whatever is not a call, an alias or a constant.
+    `step_names` maps the name of a kernel to what the profile shows for its calls, if not that name. HorqError names whatever is not a call, an alias or a constant.
     """
     main = lowered["main"]
     builder = _Builder(step_names or {}, _in_place(lowered))
@@ -126,7 +125,6 @@ class _Builder:
         self._view_ids: dict[View, int] = {}
         self._constants: dict[bytes, int] = {}
         self._steps: list[Step] = []
-        self._writers: dict[int, int] = {}  # view -> the step that was handed it last
         self._values: dict[relax.Var, Value] = {}
 
     def add_param(self, index: int, param: relax.Var) -> None:
@@ -138,13 +136,7 @@ class _Builder:
         name = binding.var.name
         if not isinstance(binding, relax.VarBinding):
             raise HorqError(f"main matches the shape of {name}; only static shapes are compiled")
-        value = self._evaluate(binding.value, name)
-        self._values[binding.var] = value
-        display = self._step_names.get(name)
-        for view in _leaves(value):
-            if display is not None and view in self._writers:
-                at = self._writers[view]
-                self._steps[at] = replace(self._steps[at], name=display)
+        self._values[binding.var] = self._evaluate(binding.value, name)
 
     def finish(self, result: relax.Expr) -> CallPlan:
         value = self._evaluate(result, "the result")
@@ -190,8 +182,7 @@ class _Builder:
             if not isinstance(value, int):
                 raise HorqError(f"kernel {kernel} takes an argument that is no tensor")
             args.append(value)
-        self._writers.update(dict.fromkeys(args, len(self._steps)))
-        self._steps.append(Step(kernel, kernel, tuple(args), self._in_place.get(kernel, ())))
+        self._steps.append(Step(kernel, self._step_names.get(kernel, kernel), tuple(args), self._in_place.get(kernel, ())))
         return None
 
     def _allocate(self, call: relax.Call, name: str) -> int:

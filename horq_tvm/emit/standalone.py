@@ -46,7 +46,7 @@ def standalone(
     """Writes the library `out` and returns its manifest, with `target`, `cpu_features` and `bytes` filled in.
 
     `lowered` is the form of docs/architecture.md, section 4; `manifest` names its inputs and outputs in order.
-    `step_names` maps a variable of `main` to what the profile shows for the call that computes it.
+    `step_names` maps the name of a kernel to what the profile shows for its calls.
 
     HorqError: no C compiler, an unwritable path, a kernel that allocates a workspace, an operator that was not lowered,
     a CPU feature that the library could not check. Nothing is left at `out` then but what was there before.
