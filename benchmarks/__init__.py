@@ -1,0 +1,1 @@
+"""Measurements behind docs/performance.md, each a command: `python -m benchmarks.kernels`."""

@@ -1,0 +1,167 @@
+"""What a core can do at most: loops that touch nothing but registers, in libraries built for the target like any other.
+
+    bits     acc ← acc + popcount(acc XOR w)      a lane-bit is a multiply-accumulate of ±1 values
+    float32  acc ← acc·w + w                      one FMA, which TVM's code generator makes of it by itself
+
+The accumulators are independent of one another and there are enough of them to hide the instructions' latency; each is
+its own operand, so that no compiler can take anything out of the loop. `python -m benchmarks.peak` prints the table.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tvm
+from tvm import relax, tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from horq_tvm import targets
+from horq_tvm.emit import standalone
+from horq_tvm.manifest import Manifest
+from horq_tvm.runtime.loader import LoadedModel, load
+from horq_tvm.specs import TensorSpec
+
+from .measure import Probe, alternate, kernel_probe, pinned
+
+STEPS = 4096
+KERNEL = "peak"
+CHOICE_SECONDS = 0.15
+MARGIN = 1.03  # by how much another way of counting has to be faster to be the peak
+
+
+@dataclass(frozen=True)
+class Way:
+    """A loop over `accumulators` vectors of `lanes` elements; `macs` multiply-accumulates an element and step."""
+
+    name: str
+    dtype: str
+    lanes: int
+    accumulators: int
+    macs: int
+
+    @property
+    def macs_per_call(self) -> int:
+        """Multiply-accumulates that one call of the kernel does."""
+        return STEPS * self.accumulators * self.lanes * self.macs
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A way of counting, as a loaded library of one step."""
+
+    way: Way
+    model: LoadedModel
+    _folder: tempfile.TemporaryDirectory[str]
+
+    def probe(self, name: str) -> Probe:
+        """Times the loop under `name`."""
+        return kernel_probe(self.model, {"seed": _seed(self.way)}, {name: KERNEL})
+
+
+def bit_ways(target: targets.Target) -> tuple[Way, ...]:
+    """How a target can count bits in its registers: LLVM's popcount of 32-bit lanes, of bytes, and of scalar words.
+
+    With VPOPCNTDQ the first is one instruction. AVX2 and plain AVX-512 look nibbles up (vpshufb); in bytes the sum over
+    a word's bytes is left out, as a kernel may that widens its accumulators now and then. Scalars use POPCNT if there
+    is one.
+    """
+    count = _accumulators(target)
+    return (
+        Way("popcount of 32-bit lanes", "uint32", target.vector_bits // 32, count, 32),
+        Way("popcount of bytes", "uint8", target.vector_bits // 8, count, 8),
+        Way("popcount of 64-bit scalars", "uint64", 1, 6, 64),
+    )
+
+
+def float_way(target: targets.Target) -> Way:
+    """FMA of float32 vectors; a multiplication and an addition where the target has no FMA."""
+    return Way("FMA", "float32", target.vector_bits // 32, 12, 1)
+
+
+def _accumulators(target: targets.Target) -> int:
+    """As many as hide 8 cycles of latency; the nibble tables, masks and temporaries of a popcount need the rest."""
+    return 24 if target.vector_registers >= 32 else 10
+
+
+def build(way: Way, target: targets.Target) -> Peak:
+    """The loop as a library for `target`."""
+    shape = (way.accumulators, way.lanes)
+    builder = relax.BlockBuilder()
+    gvar = builder.add_func(_loop(way), KERNEL)
+    seed = relax.Var("seed", relax.TensorType(shape, way.dtype))
+    with builder.function("main", [seed]):
+        with builder.dataflow():
+            out = builder.emit_output(relax.call_tir(gvar, [seed], out_ty=relax.TensorType(shape, way.dtype)))
+        builder.emit_func_output(out)
+    manifest = Manifest((TensorSpec("seed", shape, way.dtype),), (TensorSpec("out", shape, way.dtype),))
+    folder = tempfile.TemporaryDirectory(prefix="horq-peak-")
+    library = Path(folder.name) / "peak.so"
+    standalone(builder.get(), target, manifest, library)
+    return Peak(way, load(library), folder)
+
+
+def best(target: targets.Target) -> Peak:
+    """The fastest way in which this machine counts bits with the instructions of `target`; the first in a tie."""
+    peaks = {way.name: build(way, target) for way in bit_ways(target)}
+    samples = alternate([peak.probe(name) for name, peak in peaks.items()], CHOICE_SECONDS)
+    speed = {name: peak.way.macs_per_call / float(np.median(samples[name])) for name, peak in peaks.items()}
+    chosen = next(iter(peaks))
+    for name in peaks:
+        if speed[name] > speed[chosen] * MARGIN:
+            chosen = name
+    return peaks[chosen]
+
+
+def _loop(way: Way) -> tirx.PrimFunc:
+    """seed [accumulators, lanes] → out, after STEPS steps."""
+    shape = (way.accumulators, way.lanes)
+    with IRBuilder() as builder, T.prim_func(private=True, s_tir=True):
+        T.func_name(KERNEL)
+        seed = T.arg("seed", T.Buffer(shape, way.dtype))
+        out = T.arg("out", T.Buffer(shape, way.dtype))
+        with T.sblock("root"):
+            # One buffer each: on the stack, and from there in a register, a buffer is only while it is small (tvm.md).
+            accumulators = [T.sblock_alloc_buffer((way.lanes,), way.dtype) for _ in range(way.accumulators)]
+            lanes = T.Ramp(0, 1, way.lanes) if way.lanes > 1 else 0
+            for i, acc in enumerate(accumulators):
+                T.buffer_store(acc, seed[i, lanes], [lanes])
+            w = T.bind(seed[0, lanes])
+            with T.serial(0, STEPS):
+                for acc in accumulators:
+                    T.buffer_store(acc, _step(way, acc[lanes], w), [lanes])
+            for i, acc in enumerate(accumulators):
+                T.buffer_store(out, acc[lanes], [i, lanes])
+    return builder.get()
+
+
+def _step(way: Way, acc: tirx.Expr, w: tirx.Expr) -> tirx.Expr:
+    return acc * w + w if way.dtype == "float32" else acc + tirx.popcount(acc ^ w)
+
+
+def _seed(way: Way) -> np.ndarray:
+    """Bits drawn at random; floats near 0.5, which the loop takes to w/(1 − w), near 1."""
+    rng = np.random.default_rng(0)
+    if way.dtype == "float32":
+        return rng.uniform(0.45, 0.55, (way.accumulators, way.lanes)).astype("float32")
+    return rng.integers(0, np.iinfo(way.dtype).max, (way.accumulators, way.lanes), way.dtype, endpoint=True)
+
+
+def main() -> None:
+    """Every way of every target that runs here, in GMAC/s."""
+    for name in targets.names():
+        target = targets.resolve(name)
+        if target.missing_on(targets.this_host().flags):
+            continue
+        ways = (*bit_ways(target), float_way(target))
+        with pinned(1):
+            samples = alternate([build(way, target).probe(way.name) for way in ways], CHOICE_SECONDS)
+        speeds = (f"{way.name} {way.macs_per_call / np.median(samples[way.name]):.0f}" for way in ways)
+        print(f"{name}: {', '.join(speeds)} GMAC/s")
+
+
+if __name__ == "__main__":
+    main()
