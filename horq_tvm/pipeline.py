@@ -16,7 +16,7 @@ from .relay_passes.rewrite_layers import RewriteLayers
 from .relay_passes.schedule_kernels import ScheduleKernels
 from .relay_passes.sink_reshapes import SinkReshapes
 from .relay_passes.to_nhwc import ToNHWC
-from .schedules import tile
+from .schedules import layout, tile
 from .schedules.legalize import LEGALIZE
 from .specs import LayerConfig
 from .targets import Target
@@ -45,7 +45,10 @@ def optimise(target: Target) -> tvm.transform.Pass:
     """Constants in the target's layout, each anchor grouped with its epilogue and the next layer's binarisation."""
     return tvm.transform.Sequential(
         [
-            PackWeights(lambda filters, groups: tile.lanes(filters, groups, target.vector_bits)),
+            PackWeights(
+                lambda filters, groups: tile.lanes(filters, groups, target.vector_bits),
+                lambda filters, groups, row: layout.bitserial(target, filters, groups, row),
+            ),
             SinkReshapes(),
             FuseEpilogue(),
         ],

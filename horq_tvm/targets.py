@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import tvm
 
 Family = Literal["x86"]
-Popcount = Literal["vpopcntdq", "avx512bw", "avx2", "scalar"]
+Popcount = Literal["vpopcntdq", "avx512bw", "avx2", "ssse3", "scalar"]
 
 NATIVE = "native"
 PRESETS = Path(__file__).with_name("targets.yaml")

@@ -13,28 +13,33 @@ from tvm import relax
 
 from horq_tvm import ops
 from horq_tvm.errors import HorqError
+from horq_tvm.schedules import nibble
+from horq_tvm.schedules.layout import WeightLayout
 from horq_tvm.straightline import Array, Writer, array_of, constant, op_name, read_main
 
 NO_PADDING = (0, 0, 0, 0)
 Padding = tuple[int, int, int, int]
 Lanes = Callable[[int, int], int]
+Layout = Callable[[int, int, int], WeightLayout]
 
 
 @tvm.transform.module_pass(opt_level=0, name="PackWeights")
 class PackWeights:
     """horq.bitserial_* → (horq.pad_planes →) horq.packed_bitserial; horq.conv2d, horq.dense → packed convolutions.
 
-    `lanes(filters of a group, groups)` says how many output channels a kernel works on side by side. Equal paddings of
-    one value are shared. Raises HorqError on a float layer whose weights are not constant.
+    `lanes(filters of a group, groups)` says how many output channels a kernel works on side by side, and
+    `layout(filters, groups, elements of a row)` how the bits of a layer lie; by default as words in those lanes. Equal
+    paddings of one value are shared. Raises HorqError on a float layer whose weights are not constant.
     """
 
-    def __init__(self, lanes: Lanes) -> None:
+    def __init__(self, lanes: Lanes, layout: Layout | None = None) -> None:
         self.lanes = lanes
+        self.layout = layout or (lambda filters, groups, _row: WeightLayout("words", lanes(filters, groups)))
 
     def transform_module(self, mod: tvm.IRModule, _context: Any) -> tvm.IRModule:
         program = read_main(mod)
         with Writer(mod, program) as writer:
-            packer = _Packer(writer, self.lanes)
+            packer = _Packer(writer, self.lanes, self.layout)
             for var, value in program.bindings:
                 emit = packer.emitters.get(op_name(value))
                 if emit is None:
@@ -44,18 +49,24 @@ class PackWeights:
             return writer.finish(program.result)
 
 
-def by_lanes(values: Array, groups: int, lanes: Lanes) -> Array:
-    """values [F, ...] → [G, B, v, ...], zeros beyond F/G."""
+def by_lanes(values: Array, groups: int, lanes: int) -> Array:
+    """values [F, ...] → [G, B, v, ...], v = lanes, zeros beyond F/G."""
     grouped = values.reshape(groups, -1, *values.shape[1:])
-    filters = grouped.shape[1]
-    v = lanes(filters, groups)
-    padded = np.pad(grouped, [(0, 0), (0, -filters % v)] + [(0, 0)] * (values.ndim - 1))
-    return padded.reshape(groups, -1, v, *values.shape[1:])
+    padded = np.pad(grouped, [(0, 0), (0, -grouped.shape[1] % lanes)] + [(0, 0)] * (values.ndim - 1))
+    return padded.reshape(groups, -1, lanes, *values.shape[1:])
 
 
-def pack_filters(weight: Array, groups: int, lanes: Lanes) -> Array:
+def pack_filters(weight: Array, groups: int, lanes: int) -> Array:
     """weight [F,kh,kw,c] → [G,B,kh,kw,c,v]."""
     return np.moveaxis(by_lanes(weight, groups, lanes), 2, 5)
+
+
+def pack_words(words: Array, groups: int, layout: WeightLayout) -> Array:
+    """uint32 [F,kh,kw,words] → the weight operand of `horq.packed_bitserial` in the layout's style."""
+    if layout.style == "words":
+        return pack_filters(words, groups, layout.lanes)
+    packed = pack_filters(np.ascontiguousarray(words).view("uint8"), groups, layout.lanes)
+    return packed[..., nibble.lane_order(layout.lanes)]
 
 
 def pack_bits(signs: Array) -> Array:
@@ -68,9 +79,10 @@ def pack_bits(signs: Array) -> Array:
 class _Packer:
     """Emits the packed form of one layer after the other."""
 
-    def __init__(self, writer: Writer, lanes: Lanes) -> None:
+    def __init__(self, writer: Writer, lanes: Lanes, layout: Layout) -> None:
         self.writer = writer
         self.lanes = lanes
+        self.layout = layout
         self.emitters: dict[str, Callable[[relax.Call], relax.Expr]] = {
             "horq.bitserial_conv2d": self.bitserial,
             "horq.bitserial_dense": self.bitserial,
@@ -85,11 +97,12 @@ class _Packer:
         groups, patch = sums.geometry.groups, sums.scale == "patch"
         planes, beta = value.args[0], value.args[4]
         words = pack_bits(sums.weight)
-        start = np.moveaxis(by_lanes(np.moveaxis(sums.start, 2, 0), groups, self.lanes), (0, 1, 2), (2, 3, 4))
+        layout = self.layout(len(words) // groups, groups, sums.weight[0].size)
+        start = np.moveaxis(by_lanes(np.moveaxis(sums.start, 2, 0), groups, layout.lanes), (0, 1, 2), (2, 3, 4))
         packed = ops.packed_bitserial(
             planes if patch else self._pad(planes, sums.geometry.padding, ops.pad_planes),
             # A row of `patch` lists its window tap by tap, as a filter's words do.
-            constant(pack_filters(words.reshape(len(words), 1, 1, -1) if patch else words, groups, self.lanes)),
+            constant(pack_words(words.reshape(len(words), 1, 1, -1) if patch else words, groups, layout)),
             constant(start.reshape(*start.shape[:3], -1)),
             _factors(sums, beta),
             name=str(value.attrs["name"]),
@@ -101,6 +114,8 @@ class _Packer:
             halved=sums.halved,
             rows=sums.rows,
             columns=sums.columns,
+            style=layout.style,
+            table=constant(nibble.table(layout.lanes)) if layout.style == "nibbles" else None,
         )
         return self.writer.emit(packed)
 
@@ -121,7 +136,8 @@ class _Packer:
     def _convolve(self, x: relax.Expr, weight: Array, geometry: ops.Geometry, value: relax.Call) -> relax.Expr:
         filters, _, _, depth = weight.shape
         depthwise = depth == 1 and filters == geometry.groups
-        packed = np.moveaxis(weight[..., 0], 0, 2) if depthwise else pack_filters(weight, geometry.groups, self.lanes)
+        lanes = self.lanes(filters // geometry.groups, geometry.groups)
+        packed = np.moveaxis(weight[..., 0], 0, 2) if depthwise else pack_filters(weight, geometry.groups, lanes)
         how: dict[str, Any] = {"geometry": geometry, "channels": filters, "depthwise": depthwise}
         return self.writer.emit(ops.packed_conv2d(x, constant(packed), name=str(value.attrs["name"]), **how))
 

@@ -39,14 +39,20 @@ def border_class(position: tirx.Expr, bounds: tuple[int, int]) -> tirx.Expr:
 
 
 def bitserial(spec: Bitserial, planes: te.Tensor, weight: te.Tensor, start: te.Tensor, *factors: te.Tensor) -> te.Tensor:
-    """→ float32 [N,HO,WO,F]; operands as `horq.packed_bitserial` lists them."""
-    sums = [_sum(spec, p, planes, weight, start) for p in range(spec.order - spec.first)]
+    """→ float32 [N,HO,WO,F]; operands as `horq.packed_bitserial` lists them, words side by side."""
+    counts = [_popcount(spec, p, planes, weight) for p in range(spec.order - spec.first)]
+    return from_counts(spec, counts, start, *factors)
+
+
+def from_counts(spec: Bitserial, counts: Sequence[te.Tensor], start: te.Tensor, *factors: te.Tensor) -> te.Tensor:
+    """→ float32 [N,HO,WO,F]; counts: per plane the popcounts over the windows, an integer [N,HO,WO,G,B,v]."""
+    sums = [_sum(spec, p, count, start) for p, count in enumerate(counts)]
     finish = _static if spec.scale == "static" else _dynamic
-    return finish(spec, sums, factors, int(weight.shape[5]))
+    return finish(spec, sums, factors, int(counts[0].shape[5]))
 
 
-def _sum(spec: Bitserial, p: int, planes: te.Tensor, weight: te.Tensor, start: te.Tensor) -> te.Tensor:
-    """The integer of plane p: −S/2 if halved, else S."""
+def _popcount(spec: Bitserial, p: int, planes: te.Tensor, weight: te.Tensor) -> te.Tensor:
+    """int32 [N,HO,WO,G,B,v]: the differing bits of plane p."""
     batch, height, width = (int(e) for e in planes.shape[:3])
     groups, blocks, kh, kw, words, lanes = (int(e) for e in weight.shape)
     (sy, sx), (dy, dx) = spec.geometry.strides, spec.geometry.dilation
@@ -57,17 +63,27 @@ def _sum(spec: Bitserial, p: int, planes: te.Tensor, weight: te.Tensor, start: t
         word = planes[n, y * sy + ry * dy, x * sx + rx * dx, g, p, rc] ^ weight[g, b, ry, rx, rc, v]
         return te.sum(tirx.popcount(word).astype("int32"), axis=[ry, rx, rc])
 
-    popcount = te.compute(extents, differing_bits, name=f"popcount{p}")
+    return te.compute(extents, differing_bits, name=f"popcount{p}")
+
+
+def _sum(spec: Bitserial, p: int, count: te.Tensor, start: te.Tensor) -> te.Tensor:
+    """The integer of plane p: −S/2 if halved, else S."""
+    extents = tuple(int(e) for e in count.shape)
+    lanes = extents[5]
+
+    def number(*index):  # type: ignore[no-untyped-def]
+        value = count[index]
+        return value if value.dtype == "int32" else value.astype("int32")
 
     def border(y, x, g, b, v):  # type: ignore[no-untyped-def]
         return start[border_class(y, spec.rows), border_class(x, spec.columns), g, b * lanes + v]
 
     if spec.halved:
         return te.compute(
-            extents, lambda n, y, x, g, b, v: popcount[n, y, x, g, b, v] + border(y, x, g, b, v), name=f"start{p}"
+            extents, lambda n, y, x, g, b, v: number(n, y, x, g, b, v) + border(y, x, g, b, v), name=f"start{p}"
         )
     return te.compute(
-        extents, lambda n, y, x, g, b, v: border(y, x, g, b, v) - 2 * popcount[n, y, x, g, b, v], name=f"sum{p}"
+        extents, lambda n, y, x, g, b, v: border(y, x, g, b, v) - 2 * number(n, y, x, g, b, v), name=f"sum{p}"
     )
 
 

@@ -13,7 +13,8 @@ from horq_tvm.ops import Geometry, shape_of
 
 from . import conv2d as float_conv
 from .binarize import Binarization, binarize
-from .bitserial import Bitserial, bitserial
+from .bitserial import Bitserial, bitserial, from_counts
+from .nibble import Shapes, count
 from .pad import pad_rows
 from .scales import patch_scales, sample_scales
 
@@ -60,9 +61,7 @@ def _pad(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
     return _pad_rows(builder, call, (widths[2], widths[4]), (widths[3], widths[5]))
 
 
-def _pad_rows(
-    builder: BlockBuilder, call: relax.Call, before: tuple[int, int], after: tuple[int, int]
-) -> relax.Expr:
+def _pad_rows(builder: BlockBuilder, call: relax.Call, before: tuple[int, int], after: tuple[int, int]) -> relax.Expr:
     """Height and width of [N,H,W,...] padded by `before` = (top, left) and `after` = (bottom, right) elements."""
     x = call.args[0]
     n, h, w, *rest = shape_of(x)
@@ -87,7 +86,27 @@ def _packed_bitserial(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
         rows=(int(rows[0]), int(rows[1])),
         columns=(int(columns[0]), int(columns[1])),
     )
+    if str(call.attrs["style"]) == "nibbles":
+        return _nibbles(builder, call, spec)
     return builder.call_te(lambda *operands: bitserial(spec, *operands), *call.args, primfunc_name_hint="bitserial")
+
+
+def _nibbles(builder: BlockBuilder, call: relax.Call, spec: Bitserial) -> relax.Expr:
+    """The counts of each plane from a kernel in TensorIR, the rest from the same te as every other bitserial layer."""
+    planes, weight, start, *factors, table = call.args
+    shapes = Shapes(shape_of(planes), shape_of(weight), spec.geometry)
+    counts = []
+    for plane in range(spec.order - spec.first):
+        kernel = builder.add_func(count(shapes, plane), "count")
+        of_plane = relax.call_tir(kernel, [planes, weight, table], relax.TensorType(shapes.output, "uint16"))
+        counts.append(builder.emit(of_plane))
+    return builder.call_te(
+        lambda *operands: from_counts(spec, operands[: len(counts)], *operands[len(counts) :]),
+        *counts,
+        start,
+        *factors,
+        primfunc_name_hint="bitserial",
+    )
 
 
 def _packed_conv2d(builder: BlockBuilder, call: relax.Call) -> relax.Expr:

@@ -16,7 +16,7 @@ quotients, so byte lane 2j holds output channel j and byte lane 2j+1 holds chann
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -29,7 +29,7 @@ from tvm.script.ir_builder import tirx as T
 from horq_tvm.ops import Geometry
 
 from . import blocks
-from .tile import STACK_BYTES, Tile, rows
+from .tile import STACK_BYTES, Loop, Tile, rows
 
 MAX_STEPS = 63  # nibbles that a byte can count: 4 bits each, 63·4 = 252
 MAX_ROW = (1 << 16) - 1  # elements of a row that a 16-bit sum can count
@@ -107,12 +107,12 @@ class Shapes:
 def count(shapes: Shapes, plane: int) -> tirx.PrimFunc:
     """planes, weight, table uint8 [16,v] → uint16 [N,HO,WO,G,B,v], the popcounts of one plane over each window.
 
-    Two blocks: `nibbles` adds in bytes over a chunk, `flush` adds the chunks up. Each takes all lanes of a vector at once.
+    Two blocks: `nibbles` adds in bytes over a chunk, `flush` adds the chunks up, each all lanes of a vector at once.
     """
     kh, kw = shapes.weight[2:4]
     chunk = shapes.chunk
     chunks = (kh // chunk.rows, kw // chunk.columns, shapes.words // chunk.words)
-    inner = (chunk.rows, chunk.columns, chunk.words, BYTES_OF_WORD)
+    inner = (chunk.rows, chunk.columns, chunk.words, STEPS_OF_WORD)
     with IRBuilder() as builder, T.prim_func(private=True, s_tir=True):
         T.func_name("count")
         planes = T.arg("planes", T.Buffer(_wide(shapes.planes), "uint32"))
@@ -137,26 +137,26 @@ def _nibbles(
     planes, weight, lookup = operands
     lanes, chunk = shapes.lanes, shapes.chunk
     (sy, sx), (dy, dx) = shapes.geometry.strides, shapes.geometry.dilation
-    every = T.Ramp(_index(0), _index(1), lanes)
-    with T.grid(*_wide((*spatial, *reduced))) as loops:
+    with T.grid(*_wide((*spatial, 1, *reduced))) as loops:  # noqa: SIM117
         with T.sblock(f"nibbles{plane}"):
-            n, y, x, g, b, cy, cx, cw = _axes(T.axis.spatial, spatial, loops[:8])
-            ry, rx, rw, rk = _axes(T.axis.reduce, reduced, loops[8:])
+            n, y, x, g, b, cy, cx, cw, v = _axes(T.axis.spatial, (*spatial, 1), loops[:9])
+            ry, rx, rw, rk = _axes(T.axis.reduce, reduced, loops[9:])
+            every = T.Ramp(v * lanes, _index(1), lanes)
+            span = slice(v * lanes, v * lanes + lanes)
             ky, kx, word = cy * chunk.rows + ry, cx * chunk.columns + rx, cw * chunk.words + rw
             at = (n, y * sy + ky * dy, x * sx + kx * dx, g, plane, word)
-            byte = word * BYTES_OF_WORD + rk
-            T.reads(planes[at], weight[g, b, ky, kx, byte, 0:lanes], lookup[0:16, 0:lanes])
-            T.writes(in_bytes[n, y, x, g, b, cy, cx, cw, 0:lanes])
+            byte = word * BYTES_OF_WORD + rk // 2
+            T.reads(planes[at], weight[g, b, ky, kx, byte, span], lookup[0:16, span])
+            T.writes(in_bytes[n, y, x, g, b, cy, cx, cw, span])
             with T.init():
                 T.buffer_store(in_bytes, _splat(0, "uint8", lanes), [n, y, x, g, b, cy, cx, cw, every])
-            filters = weight[g, b, ky, kx, byte, every]
-            total = in_bytes[n, y, x, g, b, cy, cx, cw, every]
-            for half, nibbles in enumerate((filters & _splat(15, "uint8", lanes), filters >> _splat(4, "uint8", lanes))):
-                shift = tirx.Cast("uint32", rk * 8 + 4 * half)
-                row = tirx.Cast("int64", (planes[at] >> shift) & tirx.const(15, "uint32"))
-                total = total + T.call_llvm_pure_intrin(
-                    f"uint8x{lanes}", SHUFFLES[lanes], lookup[row, every], nibbles
-                )
+            row = (planes[at] >> tirx.Cast("uint32", rk * 4)) & tirx.const(15, "uint32")
+            filters = weight[g, b, ky, kx, byte, every] >> _splat(rk % 2 * 4, "uint8", lanes)
+            nibbles = filters & _splat(15, "uint8", lanes)
+            dtype = f"uint8x{lanes}"
+            found = T.call_llvm_pure_intrin(dtype, SHUFFLES[lanes], lookup[tirx.Cast("int64", row), every], nibbles)
+            # Never saturates; but plain additions LLVM regroups into (a + b + ...) + total: two registers a sum.
+            total = T.call_llvm_pure_intrin(dtype, "llvm.uadd.sat", in_bytes[n, y, x, g, b, cy, cx, cw, every], found)
             T.buffer_store(in_bytes, total, [n, y, x, g, b, cy, cx, cw, every])
 
 
@@ -166,13 +166,13 @@ def _flush(
     """counts[pixel, vector] = Σ over chunks, even bytes into the lower half of the lanes, odd ones into the upper."""
     lanes = int(counts.shape[5])
     half = lanes // 2
-    every = T.Ramp(_index(0), _index(1), lanes)
-    with T.grid(*_wide((*spatial, *chunks))) as loops:
+    with T.grid(*_wide((*spatial, 1, *chunks))) as loops:  # noqa: SIM117
         with T.sblock(f"flush{plane}"):
-            n, y, x, g, b = _axes(T.axis.spatial, spatial, loops[:5])
-            cy, cx, cw = _axes(T.axis.reduce, chunks, loops[5:])
-            T.reads(in_bytes[n, y, x, g, b, cy, cx, cw, 0:lanes])
-            T.writes(counts[n, y, x, g, b, 0:lanes])
+            n, y, x, g, b, v = _axes(T.axis.spatial, (*spatial, 1), loops[:6])
+            cy, cx, cw = _axes(T.axis.reduce, chunks, loops[6:])
+            every = T.Ramp(v * lanes, _index(1), lanes)
+            T.reads(in_bytes[n, y, x, g, b, cy, cx, cw, v * lanes : v * lanes + lanes])
+            T.writes(counts[n, y, x, g, b, v * lanes : v * lanes + lanes])
             with T.init():
                 T.buffer_store(counts, _splat(0, "uint16", lanes), [n, y, x, g, b, every])
             pairs = T.reinterpret(f"uint16x{half}", in_bytes[n, y, x, g, b, cy, cx, cw, every])
@@ -180,7 +180,7 @@ def _flush(
                 (0, pairs & _splat(255, "uint16", half)),
                 (half, pairs >> _splat(8, "uint16", half)),
             ):
-                span = T.Ramp(_index(first), _index(1), half)
+                span = T.Ramp(v * lanes + first, _index(1), half)
                 T.buffer_store(counts, counts[n, y, x, g, b, span] + added, [n, y, x, g, b, span])
 
 
@@ -193,8 +193,8 @@ def _wide(extents: Sequence[int]) -> tuple[tirx.Expr, ...]:
     return tuple(_index(extent) for extent in extents)
 
 
-def _splat(value: int, dtype: str, lanes: int) -> tirx.Expr:
-    return T.Broadcast(tirx.const(value, dtype), lanes)
+def _splat(value: tirx.Expr | int, dtype: str, lanes: int) -> tirx.Expr:
+    return T.Broadcast(tirx.const(value, dtype) if isinstance(value, int) else tirx.Cast(dtype, value), lanes)
 
 
 def _axes(kind, extents: Sequence[int], loops: Sequence[tirx.Var]) -> tuple[tirx.Var, ...]:  # type: ignore[no-untyped-def]
@@ -204,19 +204,18 @@ def _axes(kind, extents: Sequence[int], loops: Sequence[tirx.Var]) -> tuple[tirx
 # --- The schedule -----------------------------------------------------------------------------------------------------
 
 
-def choose(width: int, height: int, vectors: int, lanes: int, registers: int, multiple: int) -> Tile:
-    """The tile with the least micro-operations a look-up; its byte sums and one table row stay in registers.
-
-    `vectors` of a group, of which a tile takes a divisor, and a multiple of `multiple`.
-    """
+def choose(loop: Loop) -> Tile:
+    """The tile with the least micro-operations a look-up; byte sums, weights and a table row are in registers."""
     found = [
-        Tile(px, q, rows(height))
-        for q in range(multiple, vectors + 1, multiple)
-        if vectors % q == 0
-        for px in range(1, width + 1)
-        if px * q + q + 2 <= registers and px * q * lanes * 2 < STACK_BYTES
+        Tile(px, q, rows(loop.height))
+        for q in range(loop.q_multiple, loop.blocks + 1, loop.q_multiple)
+        if loop.blocks % q == 0
+        for px in range(1, loop.width + 1)
+        if px * q + q + 2 <= loop.registers and px * q * loop.lanes * 2 < STACK_BYTES
     ]
-    return min(found, key=lambda tile: _score(width, tile)) if found else Tile(1, multiple, rows(height))
+    if not found:
+        return Tile(1, loop.q_multiple, rows(loop.height))
+    return min(found, key=lambda tile: _score(loop.width, tile))
 
 
 def _score(width: int, tile: Tile) -> float:
@@ -225,27 +224,26 @@ def _score(width: int, tile: Tile) -> float:
     return ceil(width / tile.px) * tile.px / width * ragged * (2 + 3 / tile.q + 2 / tile.px)
 
 
+def work(sch: s_tir.Schedule, flush: blocks.Block) -> int:
+    """How many words of 32 channels are counted for an output channel each."""
+    (nibbles,) = sch.get_producers(flush)
+    return blocks.work(sch, nibbles) * blocks.written_shape(sch, flush)[5] // STEPS_OF_WORD
+
+
 def accumulate(sch: s_tir.Schedule, flush: blocks.Block, at: blocks.Loop) -> None:
     """One plane's counts inside a tile: chunk by chunk, pixels, vectors and the bytes of a word unrolled."""
     (nibbles,) = sch.get_producers(flush)
     sch.compute_at(flush, at, preserve_unit_loops=True)
-    *_, x, _, b, cy, cx, cw = sch.get_loops(flush)
+    *_, x, _, b, _, cy, cx, cw = sch.get_loops(flush)
     sch.reorder(cy, cx, cw, x, b)
     sch.unroll(x)
     sch.unroll(b)
     sch.compute_at(nibbles, cw, preserve_unit_loops=True)
-    *_, x, _, b, _, _, _, ry, rx, rw, rk = sch.get_loops(nibbles)
+    *_, x, _, b, _, _, _, _, ry, rx, rw, rk = sch.get_loops(nibbles)
     sch.reorder(ry, rx, rw, rk, x, b)
-    for block, reduced, unrolled in ((nibbles, ry, (rk, x, b)), (flush, cy, ())):
-        for loop in unrolled:
+    for loop in (rk, x, b):
+        sch.unroll(loop)
+    for block, outermost in ((nibbles, ry), (flush, cy)):
+        zero = sch.decompose_reduction(block, outermost)
+        for loop in sch.get_loops(zero)[-2:]:
             sch.unroll(loop)
-        init = sch.decompose_reduction(block, reduced)
-        for loop in _inner(sch, init):
-            sch.unroll(loop)
-
-
-def _inner(sch: s_tir.Schedule, init: blocks.Block) -> Iterator[blocks.Loop]:
-    """The loops over a tile's pixels and vectors that set its sums to zero."""
-    loops = sch.get_loops(init)
-    count = len(sch.get(init).iter_vars)
-    yield from loops[-count:]

@@ -25,11 +25,12 @@ def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | 
     if not reductions:
         return None
     popcount = blocks.name(sch, reductions[0]).startswith("popcount")
-    for block in reductions:
+    in_bytes = blocks.name(sch, reductions[0]).startswith("flush")  # nibble.py: 16-bit sums, the start added afterwards
+    for block in reductions if not in_bytes else ():
         blocks.fuse_start(sch, block)
     kept = blocks.inline_elementwise(sch)
     master, followers = kept[0], kept[1:]
-    _, height, width, groups, per_group, lanes = blocks.spatial_extents(sch, reductions[0])
+    _, height, width, groups, per_group, lanes = blocks.written_shape(sch, reductions[0])
     packs = [b for b in followers if blocks.packs(sch, b)]
     loop = Loop(
         height=height,
@@ -41,8 +42,8 @@ def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | 
         q_multiple=max(1, 32 // lanes) if packs else 1,
         per_step=0.75 if popcount else 0.5,
     )
-    tile = choose(loop)
-    work = blocks.work(sch, reductions[0])
+    tile = nibble.choose(loop) if in_bytes else choose(loop)
+    work = nibble.work(sch, reductions[0]) if in_bytes else blocks.work(sch, reductions[0])
 
     n, y, x, *f = sch.get_loops(master)
     channels = int(sch.get(f[0]).extent)
@@ -54,7 +55,7 @@ def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | 
     xo, xi = sch.split(x, [None, tile.px])
     yo, yi = sch.split(y, [None, tile.rows])
     sch.reorder(n, yo, g, fo, yi, xo, xi, fq, fv)
-    if width % tile.px:
+    if True:
         sch.annotate(xo, "pragma_loop_partition_hint", 1)
     if channels % (groups * tile.q * lanes):
         sch.annotate(fo, "pragma_loop_partition_hint", 1)
@@ -62,7 +63,7 @@ def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | 
     if work >= PARALLEL_WORK:
         sch.parallel(outer if int(sch.get(outer).extent) > 1 else g if groups > 1 else fo)
     for block in reductions:
-        accumulate(sch, block, xo)
+        (nibble.accumulate if in_bytes else _accumulate)(sch, block, xo)
     blocks.vectorize(sch, fv)
     sch.unroll(xi)
     sch.unroll(fq)

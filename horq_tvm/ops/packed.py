@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tvm import relax
 
 from .geometry import Geometry
 from .registry import call, register, shape_of, tensor
+
+Style = Literal["words", "nibbles"]
+"""How bits lie in memory for the instruction that counts them."""
 
 
 @dataclass(frozen=True)
@@ -65,26 +68,31 @@ def packed_bitserial(
     halved: bool,
     rows: BorderClasses,
     columns: BorderClasses,
+    style: Style = "words",
+    table: relax.Expr | None = None,
 ) -> relax.Call:
     """planes uint32 [N,H+t+b,W+l+r,G,P,words] (for `patch` the rows, geometry then 1×1), geometry without padding.
 
-    weight   uint32 [G,B,kh,kw,words,v], B = ⌈F/G/v⌉
+    weight   B = ⌈F/G/v⌉, by style: `words` uint32 [G,B,kh,kw,words,v], a word a lane; `nibbles` uint8
+             [G,B,kh,kw,4·words,v], byte i of a lane channels 8i..8i+7, the lanes in the order of `nibble.lane_order`
     start    int32 [R,C,G,B·v]: what the sum of popcounts starts from, by border class
-    factors  `static`: scale float32 [P,F] and addend float32 [R' ,C',F] (R' = C' = 1 unless the first plane is constant)
+    factors  `static`: scale float32 [P,F] and addend float32 [R',C',F] (R' = C' = 1 unless the first plane is constant)
              else: alpha float32 [F], bias float32 [F], beta, and for first = 1 first_sum float32 [R,C,F]
+    table    for `nibbles`: uint8 [16,v], `nibble.table`; the last operand
 
     halved: acc = start + Σ popcount is −S/2, and the factor −2 sits in scale, alpha (and −1/2 in first_sum); exact.
     Otherwise (some S is odd) S = start − 2·Σ popcount is formed as an integer.
     """
     return call(
         PACKED_BITSERIAL,
-        [planes, weight, start, *factors],
+        [planes, weight, start, *factors, *([] if table is None else [table])],
         name=name,
         order=order,
         first=first,
         scale=scale,
         channels=channels,
         halved=int(halved),
+        style=style,
         rows=[rows.low, rows.high],
         columns=[columns.low, columns.high],
         **geometry.attributes(),
