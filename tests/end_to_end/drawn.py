@@ -191,7 +191,7 @@ def canonical(drawn: Sequence[Drawn], unit: bool) -> tvm.IRModule:
     return module([layer.input_shape for layer in drawn], body)
 
 
-def with_given_scales(drawn: Sequence[Drawn]) -> tuple[CompiledModel, list[list[int]]]:
+def with_given_scales(drawn: Sequence[Drawn], target: str = "native") -> tuple[CompiledModel, list[list[int]]]:
     """±1 weights, no bias, β = 1 in `static` layers, a further input of the others.
 
     Also returns which layers each β input feeds, in order.
@@ -201,10 +201,10 @@ def with_given_scales(drawn: Sequence[Drawn]) -> tuple[CompiledModel, list[list[
     mod = pipeline.rewrite(configs)(canonical(drawn, unit=True))
     mod = ExposeScales(names)(mod)
     fed = [[int(str(name)[1:]) for name in group] for group in mod.attrs[EXPOSED]]
-    return compile_module(mod), fed
+    return compile_module(mod, target=target), fed
 
 
-def with_own_scales(drawn: Sequence[Drawn]) -> CompiledModel:
+def with_own_scales(drawn: Sequence[Drawn], target: str = "native") -> CompiledModel:
     """General weights and biases; β of the layers that compute theirs are further outputs, beta_<i>."""
     names = [f"L{i}" for i in range(len(drawn))]
     configs = {name: layer.config(unit=False) for name, layer in zip(names, drawn, strict=True)}
@@ -217,17 +217,17 @@ def with_own_scales(drawn: Sequence[Drawn]) -> CompiledModel:
             writer.bind(var, value)
         mod = writer.finish(relax.Tuple([*fields_of(program.result), *computed.values()]))
     labels = [*(f"y{i}" for i in range(len(drawn))), *computed]
-    return compile_module(mod, labels)
+    return compile_module(mod, labels, target)
 
 
-def compile_module(mod: tvm.IRModule, labels: Sequence[str] | None = None) -> CompiledModel:
-    """The library of a rewritten module for this machine; its outputs y<i> unless `labels` says otherwise."""
+def compile_module(mod: tvm.IRModule, labels: Sequence[str] | None = None, target: str = "native") -> CompiledModel:
+    """The library of a rewritten module for `target`; its outputs y<i> unless `labels` says otherwise."""
     program = read_main(mod)
     results = fields_of(program.result)
     labels = labels or [f"y{i}" for i in range(len(results))]
     inputs = tuple(_spec(f"x{i}", param) for i, param in enumerate(program.params))
     outputs = tuple(_spec(label, result) for label, result in zip(labels, results, strict=True))
-    return emit(mod, targets.resolve("native"), Manifest(inputs, outputs), lambda _message: None)
+    return emit(mod, targets.resolve(target), Manifest(inputs, outputs), lambda _message: None)
 
 
 def _spec(name: str, expr: relax.Expr) -> TensorSpec:

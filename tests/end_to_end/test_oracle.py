@@ -26,10 +26,9 @@ from horq_tvm.runtime.loader import LoadedModel
 pytest.importorskip("tvm")
 
 from tests.end_to_end.drawn import Drawn, Float32, layers, with_given_scales, with_own_scales
+from tests.end_to_end.taps import MEAN_ERROR
 
 DRAWS, LAYERS = 3, 40
-MEAN_ERROR = 1e-6
-"""design.md: a kernel's mean is off by at most this share of β_1."""
 
 # Shrinking would compile some hundred libraries; the layer that failed is named by its assertion instead.
 SWEEP = settings(
