@@ -211,7 +211,7 @@ def choose(loop: Loop) -> Tile:
         for q in range(loop.q_multiple, loop.blocks + 1, loop.q_multiple)
         if loop.blocks % q == 0
         for px in range(1, loop.width + 1)
-        if px * q + q + 2 <= loop.registers and px * q * loop.lanes * 2 < STACK_BYTES
+        if px * q + q + 2 <= loop.registers and max(px * q * 2, q * 4) * loop.lanes < STACK_BYTES
     ]
     if not found:
         return Tile(1, loop.q_multiple, rows(loop.height))

@@ -68,7 +68,7 @@ def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | 
     sch.unroll(xi)
     sch.unroll(fq)
     for block in followers:
-        _follow(sch, block, xo, tile, lanes)
+        _follow(sch, block, xi if in_bytes else xo, tile, lanes)  # byte lanes: a tile of floats is too large
     return sch
 
 

@@ -91,7 +91,7 @@ def test_own_file_extends_a_shipped_target(tmp_path: Path) -> None:
     ("line", "complaint"),
     [
         ("l2_kb: 512", "targets.board: l2_kb: unknown key; accepted: .*l2_kib"),
-        ("popcount: avx3", "targets.board: popcount: .*'vpopcntdq', 'avx512bw', 'avx2', 'ssse3' or 'scalar'; found 'avx3'"),
+        ("popcount: avx3", "targets.board: popcount: .*'vpopcntdq', .*'ssse3' or 'scalar'; found 'avx3'"),
         ("l2_kib: '512'", "targets.board: l2_kib: .*valid integer; found '512'"),
         ("l2_kib: 0", "targets.board: l2_kib: .*greater than 0; found 0"),
         ("vector_bits: 300", "targets.board: vector_bits: .*128, 256 or 512; found 300"),
