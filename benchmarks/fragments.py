@@ -6,16 +6,21 @@ behind them), so that the passes of a real build make of it the kernel of a real
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import tvm
-from tvm import relax
+import tvm_ffi
+from tvm import relax, tirx
 
 from horq_tvm import ops, pipeline, targets
-from horq_tvm.compiler import CompiledModel, emit
+from horq_tvm.emit import standalone
 from horq_tvm.manifest import Manifest
+from horq_tvm.schedules.legalize import LEGALIZE
 from horq_tvm.specs import TensorSpec
 from horq_tvm.straightline import constant, fields_of, read_main
 
@@ -25,20 +30,29 @@ Body = Callable[..., "relax.Expr | list[relax.Expr]"]
 
 @dataclass(frozen=True)
 class Fragment:
-    """A module in the HORQ dialect, not yet optimised, and what to feed it."""
+    """A module in the HORQ dialect, not yet optimised, and what to feed it.
+
+    `edit` is a pass between legalisation and scheduling, for a kernel that no network asks for.
+    """
 
     mod: tvm.IRModule
     feeds: Mapping[str, np.ndarray]
+    edit: tvm.transform.Pass | None = None
 
-    def compile(self, target: targets.Target) -> CompiledModel:
-        """The library that `horq_tvm.build` would make of it."""
-        rewritten = pipeline.rewrite({})(self.mod)
+    def compile(self, target: targets.Target, library: Path) -> None:
+        """Writes the library that `horq_tvm.build` would make of it, `edit` apart."""
+        lowered = pipeline.rewrite({})(self.mod)
         inputs = tuple(TensorSpec(name, array.shape, array.dtype.name) for name, array in self.feeds.items())
-        results = fields_of(read_main(rewritten).result)
         outputs = tuple(
-            TensorSpec(f"y{i}", ops.shape_of(result), str(result.ty.dtype)) for i, result in enumerate(results)
+            TensorSpec(f"y{i}", ops.shape_of(result), str(result.ty.dtype))
+            for i, result in enumerate(fields_of(read_main(lowered).result))
         )
-        return emit(rewritten, target, Manifest(inputs, outputs), lambda _doing: None)
+        with target.tvm_target():
+            lowered = pipeline.optimise(target)(lowered)
+            if self.edit is not None:
+                lowered = self.edit(lowered)
+            lowered = pipeline.lower(target)(lowered)
+        standalone(lowered, target, Manifest(inputs, outputs), library)
 
 
 @dataclass(frozen=True)
@@ -75,19 +89,24 @@ class Conv:
         return planes * batch * height * width * self.filters * self.kernel**2 * (self.channels // self.groups)
 
 
-def bare_conv(conv: Conv, order: int, batch: int, first: int = 0) -> Fragment:
-    """planes → α·Σ β_i·S_i, `static`: the bitserial kernel with one FMA a plane and nothing else fused to it."""
+def bare_conv(conv: Conv, order: int, batch: int, first: int = 0, *, integer: bool = True) -> Fragment:
+    """planes → the bitserial kernel by itself.
+
+    `integer`: Σ_i S_i as the kernel has it in its accumulators (−Σ S_i/2 where every S is even), int32 whose bits are
+    seen as float32. Otherwise α·Σ β_i·S_i, `static`, which adds a conversion and an FMA a plane.
+    """
     rng = np.random.default_rng(SEED)
     feeds = {"planes": _planes(rng, conv, order - first, batch)}
-    return _fragment(feeds, lambda emit, planes: emit(_bitserial(rng, conv, order, first, planes)))
+    fragment = _fragment(feeds, lambda emit, planes: emit(_bitserial(rng, conv, order, first, planes)))
+    return replace(fragment, edit=StoreIntegers()) if integer else fragment
 
 
 def conv_with_epilogue(conv: Conv, order: int, batch: int, *, relu: bool, shortcut: bool) -> Fragment:
     """planes, residual → the next layer's planes (and the float value, if `shortcut`): a block of a residual network.
 
     conv · α·β, BN, + residual, ReLU, and the `static` binarisation of the next layer. Signed (not `relu`), a shift a
-    channel stands before the binarisation, as in RSign or BN: what follows a ReLU directly is all +1 in its first plane,
-    which the compiler drops, on both sides.
+    channel stands before the binarisation, as in RSign or BN: what follows a ReLU directly is all +1 in its first
+    plane, which the compiler drops, on both sides.
     """
     rng = np.random.default_rng(SEED)
     first = int(relu)
@@ -128,8 +147,8 @@ def float_conv(conv: Conv, batch: int, weight: np.ndarray, bias: np.ndarray) -> 
     geometry = conv.geometry
 
     def body(emit: Callable[..., relax.Var], x: relax.Var) -> relax.Expr:
-        how = {"strides": geometry.strides, "padding": geometry.padding, "groups": geometry.groups}
-        y = emit(ops.conv2d(x, constant(weight), name="layer", **how))
+        window = {"strides": geometry.strides, "padding": geometry.padding}
+        y = emit(ops.conv2d(x, constant(weight), name="layer", groups=geometry.groups, **window))
         return emit(relax.op.nn.relu(emit(relax.op.add(y, constant(bias)))))
 
     shape = (batch, conv.size, conv.size, conv.channels)
@@ -156,6 +175,33 @@ def max_pool(conv: Conv, batch: int) -> Fragment:
 
     shape = (batch, conv.size, conv.size, conv.channels)
     return _fragment({"x": np.random.default_rng(SEED).standard_normal(shape, "float32")}, body)
+
+
+@tvm.transform.module_pass(opt_level=0, name="StoreIntegers")
+class StoreIntegers:
+    """Legalises, and lets a bitserial kernel store Σ_i of its integers in place of their affine."""
+
+    def transform_module(self, mod: tvm.IRModule, _context: object) -> tvm.IRModule:
+        passes = [relax.transform.LegalizeOps(dict(LEGALIZE)), relax.transform.FuseTIR()]
+        mod = tvm.transform.Sequential(passes)(mod)
+        functions = {
+            gvar: tvm_ffi.structural_map(func, (tirx.BufferStore, _as_integers))
+            if isinstance(func, tirx.PrimFunc)
+            else func
+            for gvar, func in mod.functions.items()
+        }
+        return tvm.IRModule(functions, attrs=mod.attrs)
+
+
+def _as_integers(store: tirx.BufferStore) -> tirx.BufferStore:
+    """The store with the int32 sums that its float32 value converts; any other store as it is."""
+    sums: list[tirx.Expr] = []
+    if str(store.buffer.dtype) == "float32":
+        tvm_ffi.structural_walk(store.value, (tirx.Cast, lambda cast: sums.append(cast.value)))
+    if not sums:
+        return store
+    total = functools.reduce(operator.add, sums)
+    return tirx.BufferStore(store.buffer, tirx.reinterpret("float32", total), store.indices)
 
 
 def _fragment(feeds: Mapping[str, np.ndarray], body: Body) -> Fragment:
@@ -187,5 +233,6 @@ def _bitserial(rng: np.random.Generator, conv: Conv, order: int, first: int, pla
     weight = np.where(rng.integers(0, 2, shape), 1, -1).astype("int8")
     alpha = rng.uniform(0.01, 0.05, conv.filters)
     operands = (constant(weight), constant(alpha), constant(np.zeros(conv.filters)), constant(_betas(order)))
-    how = {"name": "layer", "order": order, "scale": "static", "geometry": conv.geometry, "first": first}
-    return ops.bitserial(planes, *operands, **how)
+    return ops.bitserial(
+        planes, *operands, name="layer", order=order, scale="static", geometry=conv.geometry, first=first
+    )

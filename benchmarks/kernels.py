@@ -1,19 +1,18 @@
 """`python -m benchmarks.kernels`: each kernel against the core's own limit, and float layers against ONNX Runtime.
 
-Times are taken inside the libraries by their own clock. Everything that is compared is timed in turn in one process: the
-kernels of a layer and the register-only peak, a float layer and its peer; a ratio is the median of the rounds' ratios.
+Times are taken inside the libraries by their own clock. Everything that is compared is timed in turn in one process:
+the kernels of a layer and the register-only peak, a float layer and its peer; a ratio is the median of the rounds'.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from horq_tvm import extras, peers, targets
 from horq_tvm.cli import options
 from horq_tvm.cli.show import progress, table, write_json
 from horq_tvm.errors import HorqError, UsageError
+from horq_tvm.runtime.loader import load
 from horq_tvm.specs import MAX_ORDER
 
 from . import fragments, onnx_layers, peak
@@ -53,13 +53,13 @@ DENSE = (512, 1000)
 
 @dataclass(frozen=True)
 class Setting:
-    """What all kernels of a run share. `keep` is a folder for the libraries, None to forget them."""
+    """What all kernels of a run share. `folder` is where their libraries go."""
 
     target: targets.Target
     threads: int
     batch: int
-    seconds: float
-    keep: Path | None = None
+    seconds: float  # a kernel
+    folder: Path
     say: Callable[[str], None] = lambda _doing: None
 
     def record(self, conv_layer: str, kernel: str, **more: Any) -> Record:
@@ -71,22 +71,9 @@ class Setting:
     def probe(self, name: str, fragment: Fragment, steps: Mapping[str, str]) -> Probe:
         """The fragment's library, loaded and ready to be timed."""
         self.say(f"compiling {name}")
-        compiled = fragment.compile(self.target)
-        if self.keep is not None:
-            shutil.copy(compiled.library, self.keep / f"{name.replace(' ', '-')}.so")
-        probe = kernel_probe(compiled.load(self.threads), fragment.feeds, steps)
-        return _Keeping(probe, compiled)
-
-
-@dataclass(frozen=True)
-class _Keeping:
-    """A probe, and what has to stay for as long as it is used: the library's folder."""
-
-    probe: Probe
-    kept: object = field(repr=False)
-
-    def __call__(self) -> Mapping[str, float]:
-        return self.probe()
+        library = self.folder / f"{name.replace(' ', '-')}.so"
+        fragment.compile(self.target, library)
+        return kernel_probe(load(library, self.threads), fragment.feeds, steps)
 
 
 def bit_records(setting: Setting, conv: Conv, order: int, activation: str, limit: peak.Peak) -> list[Record]:
@@ -98,11 +85,13 @@ def bit_records(setting: Setting, conv: Conv, order: int, activation: str, limit
     def fused(shortcut: bool) -> Fragment:
         return fragments.conv_with_epilogue(conv, order, batch, relu=relu, shortcut=shortcut)
 
+    def bare(integer: bool) -> Fragment:
+        return fragments.bare_conv(conv, order, batch, int(relu), integer=integer)
+
     probes = [
         limit.probe("peak"),
-        setting.probe(
-            f"{label} conv", fragments.bare_conv(conv, order, batch, int(relu)), {"conv": BITSERIAL, "pad": "pad"}
-        ),
+        setting.probe(f"{label} conv", bare(integer=True), {"conv": BITSERIAL, "pad": "pad"}),
+        setting.probe(f"{label} affine", bare(integer=False), {"affine": BITSERIAL}),
         setting.probe(f"{label} planes", fused(shortcut=False), {"planes": BITSERIAL}),
         setting.probe(f"{label} planes+float", fused(shortcut=True), {"planes+float": BITSERIAL}),
     ]
@@ -131,6 +120,7 @@ def _bit_records(
             peak_gmacs=peak_gmacs,
             peak_loop=limit.way.name,
             pad_ms=statistics.median(samples["pad"]) / 1e6,
+            affine_ms=statistics.median(samples["affine"]) / 1e6,
         )
     ]
     for outputs in ("planes", "planes+float"):
@@ -228,9 +218,8 @@ def measure(setting: Setting, orders: Sequence[int], activations: Sequence[str],
                         records += bit_records(setting, conv, order, activation, limit)
         if "float" in kinds:
             fma = peak.build(peak.float_way(setting.target), setting.target)
-            with tempfile.TemporaryDirectory() as folder:
-                for layer in float_layers(Path(folder), setting.batch):
-                    records += float_records(setting, layer, fma)
+            for layer in float_layers(setting.folder, setting.batch):
+                records += float_records(setting, layer, fma)
     return records
 
 
@@ -255,7 +244,10 @@ def _bit_table(records: Sequence[Record]) -> str:
     rows = []
     for record in records:
         relation = {
-            "conv": lambda r: f"{r['fraction_of_peak']:.1%} of peak, pad {r['pad_ms'] / r['median_ms']:.1%}",
+            "conv": lambda r: (
+                f"{r['fraction_of_peak']:.1%} of peak; pad {r['pad_ms'] / r['median_ms']:.1%},"
+                f" α·β in float {r['affine_ms'] / r['median_ms'] - 1:+.1%}"
+            ),
             "conv+epilogue": lambda r: f"conv {r['over_conv']:+.1%}",
             "pack": lambda r: f"{r['of_conv']:.1%} of conv",
         }[record["kernel"]](record)
@@ -300,10 +292,10 @@ def parser() -> options.Parser:
         help="which kernels (default: both)",
     )
     options.add_threads_option(top)
-    top.add_argument("--batch", type=int, default=1, metavar="N", help="images a call (default: 1)")
+    top.add_argument("--batch", type=_count, default=1, metavar="N", help="images a call (default: 1)")
     top.add_argument("--target", default=targets.NATIVE, metavar="NAME", help="what to compile for (default: native)")
     top.add_argument(
-        "--seconds", type=float, default=0.4, metavar="S", help="how long to time each kernel (default: 0.4)"
+        "--seconds", type=_seconds, default=0.4, metavar="S", help="how long to time each kernel (default: 0.4)"
     )
     top.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the libraries there, to be disassembled")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -316,6 +308,22 @@ def _orders(text: str) -> tuple[int, ...]:
     if not all(word.isdecimal() and 1 <= int(word) <= MAX_ORDER for word in words):
         raise argparse.ArgumentTypeError(f"found {text!r}; accepted: orders from 1 to {MAX_ORDER}, as in 1,2")
     return tuple(int(word) for word in words)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; accepted: a number from 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 3600:
+        raise argparse.ArgumentTypeError(f"found {text!r}; accepted: a number of seconds above 0")
+    return value
 
 
 def _listed(text: str, accepted: Sequence[str]) -> tuple[str, ...]:
@@ -333,8 +341,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError(f"target {target.name} cannot be timed here: this machine lacks {', '.join(missing)}")
     if arguments.keep is not None:
         arguments.keep.mkdir(parents=True, exist_ok=True)
-    with progress() as say:
-        setting = Setting(target, arguments.threads, arguments.batch, arguments.seconds, arguments.keep, say)
+    with progress() as say, tempfile.TemporaryDirectory(prefix="horq-kernels-") as scratch:
+        folder = arguments.keep or Path(scratch)
+        setting = Setting(target, arguments.threads, arguments.batch, arguments.seconds, folder, say)
         records = measure(setting, arguments.orders, arguments.activations, arguments.kinds)
     if arguments.json is not None:
         write_json(arguments.json, records)

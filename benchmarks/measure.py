@@ -1,4 +1,4 @@
-"""Timing kernels inside their libraries, in turn, so that a drifting clock or a busy neighbour meets all of them alike."""
+"""Timing kernels inside their libraries, in turn: a drifting clock or a busy neighbour meets all of them alike."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def kernel_probe(model: LoadedModel, feeds: Mapping[str, np.ndarray], names: Map
 
 
 def call_probe(name: str, call: Callable[[], object]) -> Probe:
-    """Times whole calls from Python; the first of a block, which finds the caches full of other data, is not counted."""
+    """Times whole calls from Python; the first of a block, which finds other data in the caches, is not counted."""
     clock = time.perf_counter_ns
 
     def run(count: int) -> dict[str, float]:

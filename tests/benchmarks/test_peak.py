@@ -1,0 +1,63 @@
+"""The peak loops compute what they say, in registers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tvm")
+
+from benchmarks import peak
+from horq_tvm import targets
+
+NATIVE = targets.resolve("native")
+WAYS = (*peak.bit_ways(NATIVE), peak.float_way(NATIVE))
+
+
+@pytest.fixture(scope="module")
+def peaks() -> dict[str, peak.Peak]:
+    return {way.name: peak.build(way, NATIVE) for way in WAYS}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_every_step_is_taken(way: peak.Way, peaks: dict[str, peak.Peak]) -> None:
+    seed = peak._seed(way)
+    out = peaks[way.name].model(seed)["out"]
+    acc, w = seed.copy(), seed[0]
+    for _ in range(peak.STEPS):
+        acc = acc * w + w if way.dtype == "float32" else acc + np.bitwise_count(acc ^ w).astype(way.dtype)
+    if way.dtype == "float32":  # a fixed point, which FMA reaches by another rounding
+        np.testing.assert_allclose(out, acc, rtol=1e-6)
+    else:
+        np.testing.assert_array_equal(out, acc)
+
+
+def test_macs_count_every_bit_of_every_vector() -> None:
+    way = peak.Way("x", "uint32", lanes=16, accumulators=10, macs=32)
+    assert way.macs_per_call == peak.STEPS * 10 * 512
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+@pytest.mark.skipif(NATIVE.popcount != "vpopcntdq", reason="elsewhere counting bits takes several instructions")
+def test_the_loop_touches_registers_alone(peaks: dict[str, peak.Peak]) -> None:
+    way = WAYS[0]
+    command = ["objdump", "-d", "--no-show-raw-insn", str(peaks[way.name].model.path)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = [(int(m[1], 16), m[2]) for m in re.finditer(r"^ +([0-9a-f]+):\s+(.*)$", listing, re.MULTILINE)]
+    jumps = [(at, int(m[1], 16)) for at, text in code if (m := re.match(r"j\w+ +([0-9a-f]+)", text))]
+    loops = [[text for at, text in code if to <= at <= end] for end, to in jumps if to < end]
+    loop = min((loop for loop in loops if any("vpopcntd" in text for text in loop)), key=len)
+    assert sum("vpopcntd" in text for text in loop) % way.accumulators == 0
+    assert [text for text in loop if "(%" in text] == []
+
+
+def test_the_best_way_is_never_slower_than_another() -> None:
+    """Among equals the first is taken; where LLVM counts bytes or scalars faster, that is the peak."""
+    best = peak.best(NATIVE)
+    assert best.way.name in [way.name for way in peak.bit_ways(NATIVE)]
+    if NATIVE.popcount == "vpopcntdq":
+        assert best.way == peak.bit_ways(NATIVE)[0]
