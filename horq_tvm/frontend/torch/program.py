@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -83,11 +85,24 @@ def _read(path: Path) -> ExportedProgram:
     if not path.is_file():
         raise UsageError(f"{path}: found no such file; accepted is the path of a saved ExportedProgram (.pt2)")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             return torch.export.load(path)
     except Exception as error:  # zipfile, pickle, json and torch raise each their own
         raise HorqError(f"{path}: not a readable ExportedProgram ({_first_line(error)})") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back what torch.export logs before it raises: the error says it."""
+    log = logging.getLogger("torch.export")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _with_shapes(program: ExportedProgram, shapes: Mapping[str, tuple[int, ...]]) -> ExportedProgram:
