@@ -106,7 +106,8 @@ def conv_with_epilogue(conv: Conv, order: int, batch: int, *, relu: bool, shortc
 
     conv · α·β, BN, + residual, ReLU, and the `static` binarisation of the next layer. Signed (not `relu`), a shift a
     channel stands before the binarisation, as in RSign or BN: what follows a ReLU directly is all +1 in its first
-    plane, which the compiler drops, on both sides.
+    plane, which the compiler drops, on both sides. As inside a network, the residual is computed by another kernel and
+    dies here, and the float value goes to another: a negation on either side stands for these.
     """
     rng = np.random.default_rng(SEED)
     first = int(relu)
@@ -122,11 +123,11 @@ def conv_with_epilogue(conv: Conv, order: int, batch: int, *, relu: bool, shortc
     def body(emit: Callable[..., relax.Var], planes: relax.Var, residual: relax.Var) -> list[relax.Expr]:
         y = emit(_bitserial(rng, conv, order, first, planes))
         y = emit(relax.op.add(emit(relax.op.multiply(y, channel(0.5, 1.5))), channel(-0.5, 0.5)))
-        y = emit(relax.op.nn.relu(emit(relax.op.add(y, residual))))
+        y = emit(relax.op.nn.relu(emit(relax.op.add(y, emit(relax.op.negative(residual))))))
         z = y if relu else emit(relax.op.add(y, channel(-1.0, 0.0)))
         beta = constant(_betas(order))
         planes = ops.binarize(z, beta, order=order, scale="static", geometry=ops.Geometry((3, 3)), first=first)
-        return [emit(planes), y] if shortcut else [emit(planes)]
+        return [emit(planes), emit(relax.op.negative(y))] if shortcut else [emit(planes)]
 
     return _fragment(feeds, body)
 
