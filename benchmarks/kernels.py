@@ -108,8 +108,9 @@ def _bit_records(
     macs = conv.macs(setting.batch, order)
     shared = {"order": order, "scale": "static", "activation": activation}
     peak_gmacs = _rate(limit.way.macs_per_call, samples["peak"])
-    # Threads times one core's peak, and what a plane dropped behind a ReLU saves counts as if it had been computed.
-    part = macs / limit.way.macs_per_call / setting.threads / ratio(samples["conv"], samples["peak"])
+    # Of the peak of as many cores as threads; a plane dropped behind a ReLU is not computed, so it is no part of it.
+    computed = conv.macs(setting.batch, order - int(activation == "relu"))
+    part = computed / limit.way.macs_per_call / setting.threads / ratio(samples["conv"], samples["peak"])
     records = [
         setting.record(
             conv.layer,

@@ -1,6 +1,7 @@
 """What a core can do at most: loops that touch nothing but registers, in libraries built for the target like any other.
 
     bits     acc ← acc + popcount(acc XOR w)      a lane-bit is a multiply-accumulate of ±1 values
+    nibbles  acc ← acc + w[acc mod 16]            a byte shuffle: four bits of every byte lane (schedules/nibble.py)
     float32  acc ← acc·w + w                      one FMA, which TVM's code generator makes of it by itself
 
 The accumulators are independent of one another and there are enough of them to hide the instructions' latency; each is
@@ -22,6 +23,8 @@ from horq_tvm import targets
 from horq_tvm.emit import standalone
 from horq_tvm.manifest import Manifest
 from horq_tvm.runtime.loader import LoadedModel, load
+from horq_tvm.schedules import nibble
+from horq_tvm.schedules.layout import NIBBLE_POPCOUNTS
 from horq_tvm.specs import TensorSpec
 
 from .measure import Probe, alternate, kernel_probe, pinned
@@ -34,13 +37,17 @@ MARGIN = 1.03  # by how much another way of counting has to be faster to be the 
 
 @dataclass(frozen=True)
 class Way:
-    """A loop over `accumulators` vectors of `lanes` elements; `macs` multiply-accumulates an element and step."""
+    """A loop over `accumulators` vectors of `lanes` elements; `macs` multiply-accumulates an element and step.
+
+    `shuffle` is LLVM's name of the byte shuffle that does the counting, "" where popcount or FMA does.
+    """
 
     name: str
     dtype: str
     lanes: int
     accumulators: int
     macs: int
+    shuffle: str = ""
 
     @property
     def macs_per_call(self) -> int:
@@ -62,18 +69,23 @@ class Peak:
 
 
 def bit_ways(target: targets.Target) -> tuple[Way, ...]:
-    """How a target can count bits in its registers: LLVM's popcount of 32-bit lanes, of bytes, and of scalar words.
+    """How a target can count bits in its registers: LLVM's popcount of lanes, bytes or scalars, and table look-ups.
 
     With VPOPCNTDQ the first is one instruction. AVX2 and plain AVX-512 look nibbles up (vpshufb); in bytes the sum over
-    a word's bytes is left out, as a kernel may that widens its accumulators now and then. Scalars use POPCNT if there
-    is one.
+    a word's bytes is left out, as a kernel may that widens its accumulators now and then, and with a table for each
+    activation nibble the XOR is too, so that a shuffle and an addition are all there is. Scalars use POPCNT if there is
+    one.
     """
-    count = _accumulators(target)
-    return (
-        Way("popcount of 32-bit lanes", "uint32", target.vector_bits // 32, count, 32),
-        Way("popcount of bytes", "uint8", target.vector_bits // 8, count, 8),
-        Way("popcount of 64-bit scalars", "uint64", 1, 6, 64),
-    )
+    count, bytes_ = _accumulators(target), target.vector_bits // 8
+    ways = [
+        Way("popcount of 32-bit lanes", "uint32", bytes_ // 4, count, 32),
+        Way("popcount of bytes", "uint8", bytes_, count, 8),
+    ]
+    if target.vector_bits == 128:  # with wider vectors LLVM makes vectors of scalars, and slower than it finds them
+        ways.append(Way("popcount of 64-bit scalars", "uint64", 1, 6, 64))
+    if target.popcount in NIBBLE_POPCOUNTS:
+        ways.append(Way("nibble look-ups", "uint8", bytes_, count, 4, nibble.SHUFFLES[bytes_]))
+    return tuple(ways)
 
 
 def float_way(target: targets.Target) -> Way:
@@ -138,6 +150,8 @@ def _loop(way: Way) -> tirx.PrimFunc:
 
 
 def _step(way: Way, acc: tirx.Expr, w: tirx.Expr) -> tirx.Expr:
+    if way.shuffle:
+        return acc + T.call_llvm_pure_intrin(f"{way.dtype}x{way.lanes}", way.shuffle, w, acc)
     return acc * w + w if way.dtype == "float32" else acc + tirx.popcount(acc ^ w)
 
 
