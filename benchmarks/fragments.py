@@ -148,8 +148,8 @@ def float_conv(conv: Conv, batch: int, weight: np.ndarray, bias: np.ndarray) -> 
     geometry = conv.geometry
 
     def body(emit: Callable[..., relax.Var], x: relax.Var) -> relax.Expr:
-        window = {"strides": geometry.strides, "padding": geometry.padding}
-        y = emit(ops.conv2d(x, constant(weight), name="layer", groups=geometry.groups, **window))
+        strides, padding, groups = geometry.strides, geometry.padding, geometry.groups
+        y = emit(ops.conv2d(x, constant(weight), name="layer", strides=strides, padding=padding, groups=groups))
         return emit(relax.op.nn.relu(emit(relax.op.add(y, constant(bias)))))
 
     shape = (batch, conv.size, conv.size, conv.channels)
