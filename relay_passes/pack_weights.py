@@ -65,8 +65,8 @@ def pack_words(words: Array, groups: int, layout: WeightLayout) -> Array:
     """uint32 [F,kh,kw,words] → the weight operand of `horq.packed_bitserial` in the layout's style."""
     if layout.style == "words":
         return pack_filters(words, groups, layout.lanes)
-    packed = pack_filters(np.ascontiguousarray(words).view("uint8"), groups, layout.lanes)
-    return packed[..., nibble.lane_order(layout.lanes)]
+    in_bytes = np.ascontiguousarray(words).view("uint8").reshape(len(words), -1)
+    return np.moveaxis(by_lanes(in_bytes, groups, layout.lanes), 2, 3)[..., nibble.lane_order(layout.lanes)]
 
 
 def pack_bits(signs: Array) -> Array:
@@ -115,7 +115,7 @@ class _Packer:
             rows=sums.rows,
             columns=sums.columns,
             style=layout.style,
-            table=constant(nibble.table(layout.lanes)) if layout.style == "nibbles" else None,
+            table=constant(nibble.table()) if layout.style == "nibbles" else None,
         )
         return self.writer.emit(packed)
 

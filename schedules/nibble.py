@@ -6,8 +6,10 @@ shuffle of x86 (PSHUFB) looks up a vector of weight nibbles in it, a byte lane p
     bytes[lane] += TABLE[a][w[lane]]
 
 So four multiply-accumulates of each lane take a shuffle and an addition. What is loaded for it is shared: the weight
-vector by the pixels of a tile, the table (a row of a 16-row constant, selected by the activation nibble) by its vectors
-of output channels. Weights stay bits: byte i of a lane holds channels 8i..8i+7, its nibbles are split in registers.
+vector by the pixels of a tile, the table by its vectors of output channels. Weights stay bits: a byte of a lane holds
+eight channels, its nibbles are split in registers. The tables of both nibbles of an activation byte stand side by side
+in one row of 32 bytes, 256 rows: one index for two look-ups is what a core that issues four instructions a cycle needs
+(llvm-mca: 1.01 cycles a look-up against 1.15 on Haswell, 1.20 against 1.58 on Skylake-SP).
 
 A byte lane takes at most 63 such steps (63·4 = 252 < 256); after each run of them the bytes are flushed into 16-bit
 sums. That takes no shuffle either: the even bytes of a vector are its 16-bit lanes modulo 256, the odd ones their
@@ -35,14 +37,15 @@ MAX_STEPS = 63  # nibbles that a byte can count: 4 bits each, 63·4 = 252
 MAX_ROW = (1 << 16) - 1  # elements of a row that a 16-bit sum can count
 STEPS_OF_WORD = 8
 BYTES_OF_WORD = 4
+TABLE_SHAPE = (256, 2, 16)
 SHUFFLES = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}
 
 
-def table(lanes: int) -> NDArray[np.uint8]:
-    """uint8 [16, lanes]: row a holds popcount(a ^ w) for w = 0..15, once in every 16 lanes, as PSHUFB reads it."""
-    nibble = np.arange(16, dtype=np.uint8)
-    differing = np.unpackbits((nibble[:, None] ^ nibble)[..., None], axis=-1).sum(-1, dtype=np.uint8)
-    return np.tile(differing, lanes // 16)
+def table() -> NDArray[np.uint8]:
+    """uint8 [256, 2, 16]: for each activation byte, popcount(n ^ w), w = 0..15, n its low and then its high nibble."""
+    byte, nibble = np.arange(256, dtype=np.uint8), np.arange(16, dtype=np.uint8)
+    differing = np.stack([byte & 15, byte >> 4], 1)[..., None] ^ nibble
+    return np.unpackbits(differing[..., None], axis=-1).sum(-1, dtype=np.uint8)
 
 
 def lane_order(lanes: int) -> NDArray[np.intp]:
@@ -50,36 +53,14 @@ def lane_order(lanes: int) -> NDArray[np.intp]:
     return np.arange(lanes).reshape(2, -1).T.ravel()
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """What one run of byte additions covers: taps and words of a window, each a divisor of the whole."""
-
-    rows: int
-    columns: int
-    words: int
-
-    @classmethod
-    def of(cls, kh: int, kw: int, words: int) -> Chunk:
-        """The longest run that cannot overflow a byte: within a tap, else whole taps of a row, else whole rows."""
-        fit = MAX_STEPS // STEPS_OF_WORD
-        inner = _divisor(words, fit)
-        columns = _divisor(kw, fit // words) if inner == words else 1
-        return cls(_divisor(kh, fit // (words * kw)) if columns == kw and inner == words else 1, columns, inner)
-
-    @property
-    def steps(self) -> int:
-        """Additions to a byte before it is flushed."""
-        return self.rows * self.columns * self.words * STEPS_OF_WORD
-
-
-def _divisor(extent: int, limit: int) -> int:
-    """The largest divisor of `extent` that is at most `limit`, at least 1."""
-    return max(d for d in range(1, extent + 1) if extent % d == 0 and d <= max(limit, 1))
+def run_length(words: int) -> int:
+    """How many words of a window are added up in bytes at a time: the largest divisor that cannot overflow one."""
+    return max(d for d in range(1, MAX_STEPS // STEPS_OF_WORD + 1) if words % d == 0)
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Extents of a count: planes uint32 [N,H,W,G,P,words], weight uint8 [G,B,kh,kw,4·words,v]."""
+    """Extents of a count: planes uint32 [N,H,W,G,P,words], weight uint8 [G,B,4·kh·kw·words,v]."""
 
     planes: tuple[int, ...]
     weight: tuple[int, ...]
@@ -87,15 +68,13 @@ class Shapes:
 
     @property
     def lanes(self) -> int:
-        return self.weight[5]
+        return self.weight[3]
 
     @property
-    def words(self) -> int:
-        return self.planes[5]
-
-    @property
-    def chunk(self) -> Chunk:
-        return Chunk.of(*self.weight[2:4], self.words)
+    def runs(self) -> tuple[int, int]:
+        """How many runs there are in a window, and the words of each."""
+        words = self.weight[2] // BYTES_OF_WORD
+        return words // run_length(words), run_length(words)
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -105,83 +84,72 @@ class Shapes:
 
 
 def count(shapes: Shapes, plane: int) -> tirx.PrimFunc:
-    """planes, weight, table uint8 [16,v] → uint16 [N,HO,WO,G,B,v], the popcounts of one plane over each window.
+    """planes, weight, `table` → uint16 [N,HO,WO,G,B,v], the popcounts of one plane over each window.
 
-    Two blocks: `nibbles` adds in bytes over a chunk, `flush` adds the chunks up, each all lanes of a vector at once.
+    Two blocks: `nibbles` adds up a run of words in bytes, `flush` adds up the runs, each all lanes of a vector at once.
     """
-    kh, kw = shapes.weight[2:4]
-    chunk = shapes.chunk
-    chunks = (kh // chunk.rows, kw // chunk.columns, shapes.words // chunk.words)
-    inner = (chunk.rows, chunk.columns, chunk.words, STEPS_OF_WORD)
     with IRBuilder() as builder, T.prim_func(private=True, s_tir=True):
         T.func_name("count")
         planes = T.arg("planes", T.Buffer(_wide(shapes.planes), "uint32"))
         weight = T.arg("weight", T.Buffer(_wide(shapes.weight), "uint8"))
-        lookup = T.arg("table", T.Buffer(_wide((16, shapes.lanes)), "uint8"))
+        lookup = T.arg("table", T.Buffer(_wide(TABLE_SHAPE), "uint8"))
         counts = T.arg("counts", T.Buffer(_wide(shapes.output), "uint16"))
-        in_bytes = T.sblock_alloc_buffer(_wide((*shapes.output[:5], *chunks, shapes.lanes)), "uint8")
-        _nibbles(shapes, plane, (planes, weight, lookup), in_bytes, (*shapes.output[:5], *chunks), inner)
-        _flush(plane, in_bytes, counts, shapes.output[:5], chunks)
+        in_bytes = T.sblock_alloc_buffer(_wide((*shapes.output[:5], shapes.runs[0], shapes.lanes)), "uint8")
+        _nibbles(shapes, plane, (planes, weight, lookup), in_bytes)
+        _flush(shapes, plane, in_bytes, counts)
     return builder.get()
 
 
 def _nibbles(
-    shapes: Shapes,
-    plane: int,
-    operands: tuple[tirx.Buffer, tirx.Buffer, tirx.Buffer],
-    in_bytes: tirx.Buffer,
-    spatial: tuple[int, ...],
-    reduced: tuple[int, ...],
+    shapes: Shapes, plane: int, operands: tuple[tirx.Buffer, tirx.Buffer, tirx.Buffer], in_bytes: tirx.Buffer
 ) -> None:
-    """in_bytes[pixel, vector, chunk] = Σ TABLE[activation nibble][weight nibbles] over the chunk, a byte a step."""
+    """in_bytes[pixel, vector, run] = Σ TABLE[activation nibble][weight nibbles] over the words of the run."""
     planes, weight, lookup = operands
-    lanes, chunk = shapes.lanes, shapes.chunk
+    lanes, (runs, length) = shapes.lanes, shapes.runs
+    (_, kw), words = shapes.geometry.kernel, shapes.planes[5]
     (sy, sx), (dy, dx) = shapes.geometry.strides, shapes.geometry.dilation
-    with T.grid(*_wide((*spatial, 1, *reduced))) as loops:  # noqa: SIM117
+    spatial, reduced = (*shapes.output[:5], runs, 1), (length, STEPS_OF_WORD)
+    with T.grid(*_wide((*spatial, *reduced))) as loops:  # noqa: SIM117
         with T.sblock(f"nibbles{plane}"):
-            n, y, x, g, b, cy, cx, cw, v = _axes(T.axis.spatial, (*spatial, 1), loops[:9])
-            ry, rx, rw, rk = _axes(T.axis.reduce, reduced, loops[9:])
-            every = T.Ramp(v * lanes, _index(1), lanes)
-            span = slice(v * lanes, v * lanes + lanes)
-            ky, kx, word = cy * chunk.rows + ry, cx * chunk.columns + rx, cw * chunk.words + rw
+            n, y, x, g, b, run, v = _axes(T.axis.spatial, spatial, loops[:7])
+            of_run, step = _axes(T.axis.reduce, reduced, loops[7:])
+            index = run * length + of_run  # of the window's words, tap by tap
+            ky, kx, word = index // (kw * words), index // words % kw, index % words
             at = (n, y * sy + ky * dy, x * sx + kx * dx, g, plane, word)
-            byte = word * BYTES_OF_WORD + rk // 2
-            T.reads(planes[at], weight[g, b, ky, kx, byte, span], lookup[0:16, span])
-            T.writes(in_bytes[n, y, x, g, b, cy, cx, cw, span])
+            byte, half = index * BYTES_OF_WORD + step // 2, step % 2
+            every, span = T.Ramp(v * lanes, _index(1), lanes), slice(v * lanes, v * lanes + lanes)
+            T.reads(planes[at], weight[g, b, byte, span], lookup[tuple(slice(0, e) for e in TABLE_SHAPE)])
+            T.writes(in_bytes[n, y, x, g, b, run, span])
             with T.init():
-                T.buffer_store(in_bytes, _splat(0, "uint8", lanes), [n, y, x, g, b, cy, cx, cw, every])
-            row = (planes[at] >> tirx.Cast("uint32", rk * 4)) & tirx.const(15, "uint32")
-            filters = weight[g, b, ky, kx, byte, every] >> _splat(rk % 2 * 4, "uint8", lanes)
-            nibbles = filters & _splat(15, "uint8", lanes)
+                T.buffer_store(in_bytes, _splat(0, "uint8", lanes), [n, y, x, g, b, run, every])
+            activation = (planes[at] >> tirx.Cast("uint32", step // 2 * 8)) & tirx.const(255, "uint32")
+            values = lookup[tirx.Cast("int64", activation), half, T.Ramp(_index(0), _index(1), 16)]
+            nibbles = (weight[g, b, byte, every] >> _splat(half * 4, "uint8", lanes)) & _splat(15, "uint8", lanes)
             dtype = f"uint8x{lanes}"
-            found = T.call_llvm_pure_intrin(dtype, SHUFFLES[lanes], lookup[tirx.Cast("int64", row), every], nibbles)
+            found = T.call_llvm_pure_intrin(dtype, SHUFFLES[lanes], _repeat(values, lanes), nibbles)
             # Never saturates; but plain additions LLVM regroups into (a + b + ...) + total: two registers a sum.
-            total = T.call_llvm_pure_intrin(dtype, "llvm.uadd.sat", in_bytes[n, y, x, g, b, cy, cx, cw, every], found)
-            T.buffer_store(in_bytes, total, [n, y, x, g, b, cy, cx, cw, every])
+            total = T.call_llvm_pure_intrin(dtype, "llvm.uadd.sat", in_bytes[n, y, x, g, b, run, every], found)
+            T.buffer_store(in_bytes, total, [n, y, x, g, b, run, every])
 
 
-def _flush(
-    plane: int, in_bytes: tirx.Buffer, counts: tirx.Buffer, spatial: tuple[int, ...], chunks: tuple[int, ...]
-) -> None:
-    """counts[pixel, vector] = Σ over chunks, even bytes into the lower half of the lanes, odd ones into the upper."""
-    lanes = int(counts.shape[5])
-    half = lanes // 2
-    with T.grid(*_wide((*spatial, 1, *chunks))) as loops:  # noqa: SIM117
+def _flush(shapes: Shapes, plane: int, in_bytes: tirx.Buffer, counts: tirx.Buffer) -> None:
+    """counts[pixel, vector] = Σ over runs, even bytes into the lower half of the lanes, odd ones into the upper."""
+    lanes, half = shapes.lanes, shapes.lanes // 2
+    spatial, runs = (*shapes.output[:5], 1), shapes.runs[0]
+    with T.grid(*_wide((*spatial, runs))) as loops:  # noqa: SIM117
         with T.sblock(f"flush{plane}"):
-            n, y, x, g, b, v = _axes(T.axis.spatial, (*spatial, 1), loops[:6])
-            cy, cx, cw = _axes(T.axis.reduce, chunks, loops[6:])
-            every = T.Ramp(v * lanes, _index(1), lanes)
-            T.reads(in_bytes[n, y, x, g, b, cy, cx, cw, v * lanes : v * lanes + lanes])
-            T.writes(counts[n, y, x, g, b, v * lanes : v * lanes + lanes])
+            n, y, x, g, b, v = _axes(T.axis.spatial, spatial, loops[:6])
+            (run,) = _axes(T.axis.reduce, (runs,), loops[6:])
+            every, span = T.Ramp(v * lanes, _index(1), lanes), slice(v * lanes, v * lanes + lanes)
+            T.reads(in_bytes[n, y, x, g, b, run, span])
+            T.writes(counts[n, y, x, g, b, span])
             with T.init():
                 T.buffer_store(counts, _splat(0, "uint16", lanes), [n, y, x, g, b, every])
-            pairs = T.reinterpret(f"uint16x{half}", in_bytes[n, y, x, g, b, cy, cx, cw, every])
-            for first, added in (
-                (0, pairs & _splat(255, "uint16", half)),
-                (half, pairs >> _splat(8, "uint16", half)),
-            ):
-                span = T.Ramp(v * lanes + first, _index(1), half)
-                T.buffer_store(counts, counts[n, y, x, g, b, span] + added, [n, y, x, g, b, span])
+            pairs = T.reinterpret(f"uint16x{half}", in_bytes[n, y, x, g, b, run, every])
+            even, odd = pairs & _splat(255, "uint16", half), pairs >> _splat(8, "uint16", half)
+            for first, added in ((0, even), (half, odd)):
+                part = T.Ramp(v * lanes + first, _index(1), half)
+                T.buffer_store(counts, counts[n, y, x, g, b, part] + added, [n, y, x, g, b, part])
 
 
 def _index(value: int) -> tirx.Expr:
@@ -197,6 +165,11 @@ def _splat(value: tirx.Expr | int, dtype: str, lanes: int) -> tirx.Expr:
     return T.Broadcast(tirx.const(value, dtype) if isinstance(value, int) else tirx.Cast(dtype, value), lanes)
 
 
+def _repeat(values: tirx.Expr, lanes: int) -> tirx.Expr:
+    """16 bytes over and over: a load that broadcasts."""
+    return values if lanes == 16 else T.Shuffle([values] * (lanes // 16), list(range(lanes)))
+
+
 def _axes(kind, extents: Sequence[int], loops: Sequence[tirx.Var]) -> tuple[tirx.Var, ...]:  # type: ignore[no-untyped-def]
     return tuple(kind(_index(e), v, "int64") for e, v in zip(extents, loops, strict=True))
 
@@ -205,13 +178,13 @@ def _axes(kind, extents: Sequence[int], loops: Sequence[tirx.Var]) -> tuple[tirx
 
 
 def choose(loop: Loop) -> Tile:
-    """The tile with the least micro-operations a look-up; byte sums, weights and a table row are in registers."""
+    """The tile with the least work a look-up whose byte sums, split weights and a table row fit the registers."""
     found = [
         Tile(px, q, rows(loop.height))
         for q in range(loop.q_multiple, loop.blocks + 1, loop.q_multiple)
         if loop.blocks % q == 0
         for px in range(1, loop.width + 1)
-        if px * q + q + 2 <= loop.registers and max(px * q * 2, q * 4) * loop.lanes < STACK_BYTES
+        if px * q + 2 * q + 3 <= loop.registers and max(px * q * 2, q * 4) * loop.lanes < STACK_BYTES
     ]
     if not found:
         return Tile(1, loop.q_multiple, rows(loop.height))
@@ -219,9 +192,15 @@ def choose(loop: Loop) -> Tile:
 
 
 def _score(width: int, tile: Tile) -> float:
-    """Micro-operations a look-up: shuffle and add, index and load of a table row (3), load and split of weights (2)."""
-    ragged = 1.02 if width % tile.px else 1.0
-    return ceil(width / tile.px) * tile.px / width * ragged * (2 + 3 / tile.q + 2 / tile.px)
+    """Instructions a look-up, those of the vector pipes counted twice.
+
+    The shuffle and the addition; a table row, 1.5 for its index and a load, for q of them; a vector of weight nibbles,
+    half a load and 1.5 to split it, for px of them. In a tile that hangs over the row's end every step has a condition.
+    """
+    ragged = 1.5 if width % tile.px else 1.0
+    short = 1 + 2 / (tile.px * tile.q) ** 2  # few sums wait for each other
+    cost = (2 + 2.5 / tile.q + 2 / tile.px) + (2 + 1.5 / tile.px)
+    return cost * ragged * short * ceil(width / tile.px) * tile.px / width
 
 
 def work(sch: s_tir.Schedule, flush: blocks.Block) -> int:
@@ -231,19 +210,20 @@ def work(sch: s_tir.Schedule, flush: blocks.Block) -> int:
 
 
 def accumulate(sch: s_tir.Schedule, flush: blocks.Block, at: blocks.Loop) -> None:
-    """One plane's counts inside a tile: chunk by chunk, pixels, vectors and the bytes of a word unrolled."""
+    """One plane's counts inside a tile: run by run, the pixels, the vectors and the steps of a word unrolled."""
     (nibbles,) = sch.get_producers(flush)
     sch.compute_at(flush, at, preserve_unit_loops=True)
-    *_, x, _, b, _, cy, cx, cw = sch.get_loops(flush)
-    sch.reorder(cy, cx, cw, x, b)
+    *_, x, _, b, _, run = sch.get_loops(flush)
+    sch.reorder(run, x, b)
     sch.unroll(x)
     sch.unroll(b)
-    sch.compute_at(nibbles, cw, preserve_unit_loops=True)
-    *_, x, _, b, _, _, _, _, ry, rx, rw, rk = sch.get_loops(nibbles)
-    sch.reorder(ry, rx, rw, rk, x, b)
-    for loop in (rk, x, b):
+    sch.compute_at(nibbles, run, preserve_unit_loops=True)
+    *_, x, _, b, _, _, word, step = sch.get_loops(nibbles)
+    byte, half = sch.split(step, [BYTES_OF_WORD, 2])
+    sch.reorder(word, byte, x, half, b)
+    for loop in (byte, x, half, b):
         sch.unroll(loop)
-    for block, outermost in ((nibbles, ry), (flush, cy)):
+    for block, outermost in ((nibbles, word), (flush, run)):
         zero = sch.decompose_reduction(block, outermost)
         for loop in sch.get_loops(zero)[-2:]:
             sch.unroll(loop)

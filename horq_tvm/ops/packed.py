@@ -74,11 +74,11 @@ def packed_bitserial(
     """planes uint32 [N,H+t+b,W+l+r,G,P,words] (for `patch` the rows, geometry then 1×1), geometry without padding.
 
     weight   B = ⌈F/G/v⌉, by style: `words` uint32 [G,B,kh,kw,words,v], a word a lane; `nibbles` uint8
-             [G,B,kh,kw,4·words,v], byte i of a lane channels 8i..8i+7, the lanes in the order of `nibble.lane_order`
+             [G,B,4·kh·kw·words,v], the bytes of these words, eight channels each, lanes as `nibble.lane_order` has them
     start    int32 [R,C,G,B·v]: what the sum of popcounts starts from, by border class
     factors  `static`: scale float32 [P,F] and addend float32 [R',C',F] (R' = C' = 1 unless the first plane is constant)
              else: alpha float32 [F], bias float32 [F], beta, and for first = 1 first_sum float32 [R,C,F]
-    table    for `nibbles`: uint8 [16,v], `nibble.table`; the last operand
+    table    for `nibbles`: uint8 [256,2,16], `nibble.table`; the last operand
 
     halved: acc = start + Σ popcount is −S/2, and the factor −2 sits in scale, alpha (and −1/2 in first_sum); exact.
     Otherwise (some S is odd) S = start − 2·Σ popcount is formed as an integer.
