@@ -204,7 +204,8 @@ def _map(sch: s_tir.Schedule, block: s_tir.SBlockRV, target: Target) -> None:
     if source is not None and extent >= lanes:
         _transpose(sch, block, source)
         return
-    if extent % lanes == 0:
+    # A block with loops of its own (the means of an image) has vectors of its own.
+    if extent % lanes == 0 and isinstance(sch.get(block).body, tirx.BufferStore):
         rest, inner = sch.split(last, [None, lanes])
         sch.vectorize(inner)
         outer = outer or [rest]

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from horq_tvm import reference
+from horq_tvm.errors import HorqError
 from horq_tvm.runtime.loader import LoadedModel
 
 pytest.importorskip("tvm")
@@ -133,6 +134,21 @@ def test_rows_no_longer_than_the_order() -> None:
     check_general(short, with_own_scales(short).load(), [layer.image() for layer in short])
 
 
+def test_batches_and_groups_that_fill_a_vector() -> None:
+    """Loops that are no channels must not be taken for vectors because their extent would fit."""
+    whole = [
+        Drawn(5, 4, 2, scale, lead=lead, size=(batch, 3, 3), kernel=kernel, groups=groups, seed=batch + groups)
+        for scale in ("patch", "sample", "static")
+        for lead, batch, groups, kernel in (
+            (None, 16, 1, (2, 2)),
+            (None, 2, 16, (3, 1)),
+            ((16,), 1, 1, (1, 1)),
+            ((2, 32), 1, 1, (1, 1)),
+        )
+    ]
+    check_general(whole, with_own_scales(whole).load(), [layer.image() for layer in whole])
+
+
 def assert_within(
     found: Float32, expected: Float32, tolerance: Float32, what: str, where: np.ndarray | None = None
 ) -> None:
@@ -170,6 +186,38 @@ def by_means(layer: Drawn, result: reference.HorqResult) -> Float32:
     else:
         first = first.reshape(-1, 1, 1, 1)
     return MEAN_ERROR * first * alpha[:, None, None] * np.abs(result.sums).sum(0)
+
+
+# --- The other levels of x86 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-vpopcntdq"])
+def test_every_level_agrees(target: str) -> None:
+    """Each has kernels of its own for counting bits."""
+    drawn = one_draw()
+    images = [layer.image() for layer in drawn]
+    compiled, fed = with_given_scales(drawn, target)
+    try:
+        model = compiled.load()
+    except HorqError as error:
+        pytest.skip(str(error))
+    for layer, y, result in exact_results(drawn, images, model, fed, given_beta=1.0):
+        np.testing.assert_array_equal(y, result.sums.sum(axis=0), err_msg=str(layer))
+    check_general(drawn, with_own_scales(drawn, target).load(), images)
+
+
+def one_draw() -> list[Drawn]:
+    """The last of the sweep's draws."""
+    found: list[Drawn] = []
+
+    @SWEEP
+    @given(draws(least_row=9))
+    def keep(drawn: list[Drawn]) -> None:
+        found[:] = drawn
+
+    keep()
+    return found
 
 
 # --- Values at the edges of float32 -----------------------------------------------------------------------------------
