@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from horq_tvm.nn import HorqConv2d
+from horq_tvm import reference
+from horq_tvm.nn import HorqConv2d, HorqLayer
 
 Convolution = Callable[..., nn.Module]
 
@@ -56,6 +58,15 @@ HORQ_LAYERS: Sequence[str] = (
     "layer2.1.conv",
     "layer3.0.conv",
 )
+
+
+def binary_weight(layer: HorqLayer) -> tuple[np.ndarray, np.ndarray]:
+    """B and α of a layer's latent weights, by the reference: int8 of the weight's shape and float32 [F]."""
+    weight = layer.weight.detach().numpy()
+    if layer.options.balance:
+        means = weight.mean(axis=tuple(range(1, weight.ndim)), keepdims=True, dtype=np.float64)
+        weight = weight - means.astype(np.float32)
+    return reference.binarize_weights(weight)
 
 
 def cifar_resnet(order: int = 2, scale: str = "sample", seed: int = 0) -> nn.Module:

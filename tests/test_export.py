@@ -18,7 +18,7 @@ from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.export import export_program, to_onnx
 from horq_tvm.nn import HorqConv2d
 from horq_tvm.specs import Scale
-from tests.networks import HORQ_LAYERS, cifar_images, cifar_resnet, cifar_resnet_float
+from tests.networks import HORQ_LAYERS, binary_weight, cifar_images, cifar_resnet, cifar_resnet_float
 
 torch.set_num_threads(1)
 
@@ -53,7 +53,7 @@ def test_each_layer_is_one_node_of_constants(scale: Scale, frozen: bool) -> None
     for node, name in zip(nodes, HORQ_LAYERS, strict=True):
         layer = model.get_submodule(name)
         assert isinstance(layer, HorqConv2d)
-        weight, alpha = reference.binarize_weights(layer.weight.detach().numpy())
+        weight, alpha = binary_weight(layer)
         np.testing.assert_array_equal(constants[node.args[1].name].numpy(), weight)
         np.testing.assert_array_equal(constants[node.args[2].name].numpy(), alpha)
         if scale == "static":
@@ -107,7 +107,7 @@ def test_onnx_runtime_computes_a_layer_as_the_reference_does(scale: Scale, order
     layer(x)
     to_onnx(layer, x, tmp_path / "layer.onnx", ["x"])
     y = _run(tmp_path / "layer.onnx", x=x)
-    weight, alpha = reference.binarize_weights(layer.weight.detach().numpy())
+    weight, alpha = binary_weight(layer)
     expected = reference.conv2d(
         x.numpy(),
         weight,
@@ -161,7 +161,7 @@ def test_what_the_file_holds(tmp_path: Path) -> None:
     assert [node.name for node in horq] == list(HORQ_LAYERS)
     for node in horq:
         layer = model.get_submodule(node.name)
-        weight, alpha = reference.binarize_weights(layer.weight.detach().numpy())
+        weight, alpha = binary_weight(layer)
         np.testing.assert_array_equal(initialisers[node.input[1]], weight)
         np.testing.assert_array_equal(initialisers[node.input[2]], alpha)
         np.testing.assert_array_equal(initialisers[node.input[3]], layer.beta.detach().numpy())
@@ -188,7 +188,7 @@ def test_batch_may_stay_free(tmp_path: Path) -> None:
         x = cifar_images(count)
         with torch.no_grad():
             np.testing.assert_allclose(_run(tmp_path / "model.onnx", image=x), model(x).numpy(), rtol=1e-4, atol=1e-5)
-    horq = HorqConv2d(4, 3, 3).eval()
+    horq = HorqConv2d(4, 3, 3, scale="sample").eval()
     to_onnx(horq, torch.zeros(1, 4, 5, 5), tmp_path / "layer.onnx", ["x"], dynamic_batch=True)
     assert _run(tmp_path / "layer.onnx", x=torch.zeros(4, 4, 5, 5)).shape == (4, 3, 3, 3)
 
@@ -198,7 +198,7 @@ class _Twice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = HorqConv2d(4, 4, 3, padding=1)
+        self.conv = HorqConv2d(4, 4, 3, padding=1, scale="sample")
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(self.conv(x)).flatten(2)
@@ -240,7 +240,7 @@ class _Untranslatable(nn.Module):
         (HorqConv2d(2, 2, 1, scale="static"), torch.zeros(1, 2, 1, 1), UsageError, "no beta yet"),
         (_DataDependent(), torch.ones(2), HorqError, "_DataDependent: torch.export cannot trace it: .+"),
         (_Untranslatable(), torch.ones(2, 2), HorqError, "_Untranslatable: torch.onnx cannot translate it: .*eig"),
-        (HorqConv2d(2, 2, 1), torch.zeros(1, 3, 1, 1), HorqError, r"x\[1, 3, 1, 1\]"),
+        (HorqConv2d(2, 2, 1, scale="sample"), torch.zeros(1, 3, 1, 1), HorqError, r"x\[1, 3, 1, 1\]"),
     ],
 )
 def test_a_mistake_is_named_and_leaves_no_file(

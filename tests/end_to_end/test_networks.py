@@ -19,7 +19,7 @@ from horq_tvm.compiler import CompiledModel
 from horq_tvm.export import export_program, to_onnx
 from horq_tvm.specs import Scale
 from tests.end_to_end.taps import Array, Tap, assert_within, compare
-from tests.networks import HORQ_LAYERS, cifar_images, cifar_resnet, cifar_resnet_float
+from tests.networks import HORQ_LAYERS, binary_weight, cifar_images, cifar_resnet, cifar_resnet_float
 
 torch.set_num_threads(1)
 
@@ -103,7 +103,7 @@ def test_onnxruntime_runs_the_same_file_to_the_same_end(network: Network) -> Non
 @pytest.mark.parametrize("name", HORQ_LAYERS)
 def test_a_layer_is_the_reference_on_its_own_input(network: Network, name: str) -> None:
     layer = network.module.get_submodule(name)
-    weight, _ = reference.binarize_weights(layer.weight.detach().numpy())
+    weight, _ = binary_weight(layer)
     result = compare(network.tap(name), weight, one_per_filter(layer), scale=network.scale, **geometry(layer))
     assert result.doubtful <= 1e-4 * result.signs
 
@@ -129,7 +129,7 @@ def test_layers_are_those_of_onnxruntime_on_the_same_input(network: Network) -> 
     results = session(model.SerializeToString()).run(None, {f"{name}.x": tap.image for name, tap in taps.items()})
     for name, tap, found in zip(taps, taps.values(), results, strict=True):
         layer = network.module.get_submodule(name)
-        weight, alpha = reference.binarize_weights(layer.weight.detach().numpy())
+        weight, alpha = binary_weight(layer)
         beta = tap.beta[0] if network.scale == "static" else None
         how: dict[str, Any] = {"order": tap.beta.shape[1], "scale": network.scale, **geometry(layer)}
         own = reference.conv2d(tap.image, weight, alpha, beta, **how)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,10 @@ from torch.nn import functional as F
 
 from horq_tvm import reference
 from horq_tvm.errors import UsageError
-from horq_tvm.nn import MIN_BETA, HorqConv2d, freeze
-from horq_tvm.torch_ops import filter_scales, horq_conv2d, horq_linear, residual_planes, sample_scales
+from horq_tvm.nn import MIN_BETA, HorqConv2d, HorqLayer, freeze
+from horq_tvm.specs import SCALES
+from horq_tvm.torch_ops import filter_scales, horq_conv2d, horq_linear, planes_of, residual_scales
+from tests.networks import binary_weight
 
 torch.set_num_threads(1)
 
@@ -51,7 +52,8 @@ def _drawn_layers(draw: st.DrawFn) -> tuple[HorqConv2d, Tensor]:
         groups,
         draw(st.booleans()),
         order=draw(st.integers(1, 4)),
-        scale=draw(st.sampled_from(("sample", "static"))),
+        scale=draw(st.sampled_from(SCALES)),
+        balance=draw(st.booleans()),
     )
     x = _random(draw(st.integers(1, 3)), layer.in_channels, *size, seed=seed)
     if layer.bias is not None:
@@ -60,7 +62,7 @@ def _drawn_layers(draw: st.DrawFn) -> tuple[HorqConv2d, Tensor]:
 
 
 def _reference(layer: HorqConv2d, x: Tensor, **changed: Any) -> reference.HorqResult:
-    weight, alpha = reference.binarize_weights(layer.weight.detach().numpy())
+    weight, alpha = binary_weight(layer)
     operands = {
         "alpha": alpha,
         "beta": None if layer.beta is None else layer.beta.detach().numpy(),
@@ -99,7 +101,7 @@ def test_sums_are_exact_integers(drawn: tuple[HorqConv2d, Tensor]) -> None:
     layer, x = drawn
     x = (x * 4).round()  # every residual is an exact integer, so that no sign is in doubt but that of 0
     ones = np.ones(layer.order, np.float32)
-    weight, _ = reference.binarize_weights(layer.weight.detach().numpy())
+    weight, _ = binary_weight(layer)
     unit = np.ones(layer.out_channels, np.float32)
     planes, _ = reference.residual_binarize(x.numpy(), layer.order, ones)
     sums = reference.conv2d_sums(
@@ -143,13 +145,14 @@ def test_linear_is_the_reference(scale: str, shape: tuple[int, ...]) -> None:
 
 def test_negative_zero_and_zero_have_sign_plus() -> None:
     x = torch.tensor([[0.0, -0.0, 1.0, -1.0]])
-    assert residual_planes(x, torch.tensor([0.5]))[0].tolist() == [[1.0, 1.0, 1.0, -1.0]]
-    assert torch.equal(sample_scales(torch.zeros(2, 3), 2), torch.zeros(2, 2))
+    assert next(planes_of(x, torch.tensor([0.5]))).tolist() == [[1.0, 1.0, 1.0, -1.0]]
+    assert torch.equal(residual_scales(torch.zeros(2, 3), 2, (1,)), torch.zeros(2, 2, 1))
 
 
 def test_scales_are_the_reference_bit_for_bit() -> None:
     x = _random(3, 24, 9, 9)
-    np.testing.assert_array_equal(sample_scales(x, 4).T.numpy(), reference.sample_scales(x.numpy(), 4))
+    scales = residual_scales(x, 4, (1, 2, 3)).flatten(1).T.numpy()
+    np.testing.assert_array_equal(scales, reference.sample_scales(x.numpy(), 4))
     weight = _random(5, 24, 3, 3)
     np.testing.assert_array_equal(filter_scales(weight).numpy(), reference.binarize_weights(weight.numpy())[1])
 
@@ -164,18 +167,24 @@ def _backward(layer: HorqConv2d, x: Tensor, cotangent: Tensor) -> Tensor:
     return x.grad
 
 
+def _scales(layer: HorqLayer, x: Tensor) -> Tensor:
+    """β of `static` or `sample`, [K,...] broadcasting against a conv's x."""
+    if layer.beta is None:
+        return residual_scales(x, layer.order, (1, 2, 3))
+    return layer.beta.detach().reshape(-1, 1, 1, 1, 1)
+
+
 @pytest.mark.parametrize("scale", ["sample", "static"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_gradients_follow_the_formulas(scale: str, order: int) -> None:
     torch.manual_seed(0)
-    layer = HorqConv2d(6, 4, 3, 2, (1, 0, 2, 1), groups=2, bias=True, order=order, scale=scale)
+    layer = HorqConv2d(6, 4, 3, 2, (1, 0, 2, 1), groups=2, bias=True, order=order, scale=scale, balance=False)
     with torch.no_grad():
         layer.weight.mul_(8)  # so that some weights are beyond ±1
     x = _random(2, 6, 8, 8, scale=1.5)
     _fitted(layer, x).train()
-    beta = layer.beta.detach() if layer.beta is not None else sample_scales(x, order)
-    scales = beta.reshape(order, -1, 1, 1, 1)
-    planes = residual_planes(x, beta)
+    scales = _scales(layer, x)
+    planes = torch.stack(list(planes_of(x, scales)))
     cotangent = _random(*layer(x).shape, seed=3)
 
     # The gradients of the one convolution inside, by PyTorch.
@@ -276,7 +285,7 @@ def test_static_fits_beta_to_its_first_batch() -> None:
         _, rest = reference.residual_binarize(x.numpy(), 3, beta.reshape(3, 1, 1, 1, 1).numpy())
         return float(np.square(rest, dtype=np.float64).sum())
 
-    means = sample_scales(x.reshape(1, -1), 3)[:, 0]
+    means = residual_scales(x.reshape(1, -1), 3, (1,)).flatten()
     assert error(fitted) < 0.8 * error(means)
     layer(3 * x)
     assert torch.equal(layer.beta.detach(), fitted)
@@ -305,7 +314,7 @@ def test_beta_that_was_never_fitted_loads_as_such() -> None:
 
 
 def test_weights_changed_during_eval_count() -> None:
-    layer, x = HorqConv2d(4, 3, 3).eval(), _random(1, 4, 5, 5)
+    layer, x = HorqConv2d(4, 3, 3, scale="sample").eval(), _random(1, 4, 5, 5)
     with torch.no_grad():
         before = layer(x)
         layer.weight.mul_(-2)
@@ -325,7 +334,7 @@ def test_inference_mode_leaves_the_layer_trainable() -> None:
 def test_freeze_keeps_what_inference_needs() -> None:
     torch.manual_seed(0)
     x = _random(2, 4, 6, 6)
-    model = nn.Sequential(HorqConv2d(4, 3, 3, scale="static"), HorqConv2d(3, 3, 3))
+    model = nn.Sequential(HorqConv2d(4, 3, 3, scale="static"), HorqConv2d(3, 3, 3, scale="sample"))
     model.train()(x)
     frozen = freeze(model)
     assert model.training
@@ -357,7 +366,7 @@ def _operands(scale: str = "static") -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("scale", ["sample", "static"])
+@pytest.mark.parametrize("scale", SCALES)
 def test_operators_are_well_formed(scale: str) -> None:
     operands = _operands(scale)
     torch.library.opcheck(horq_conv2d, tuple(operands.values()))
@@ -373,7 +382,8 @@ def test_operators_are_well_formed(scale: str) -> None:
     [
         ({"order": 0}, "order 0; accepted are 1 to 8"),
         ({"order": 9}, "order 9; accepted are 1 to 8"),
-        ({"scale": "patch"}, "scale 'patch'.*sample, static"),
+        ({"scale": "image"}, "scale 'image'; accepted are patch, sample, static"),
+        ({"scale": "patch"}, "beta is given with scale 'patch'"),
         ({"beta": None}, "beta is missing with scale 'static'"),
         ({"scale": "sample"}, "beta is given with scale 'sample'"),
         ({"order": 3}, r"beta has shape \[2\]; accepted: \[3\]"),
@@ -410,4 +420,3 @@ def test_padding_of_a_pair_is_vertical_then_horizontal() -> None:
     layer = HorqConv2d(2, 2, (3, 1), padding=(1, 0))
     assert layer.padding == (1, 0, 1, 0)
     assert layer(torch.zeros(1, 2, 5, 7)).shape == (1, 2, 5, 7)
-    assert math.isclose(layer.alpha[0].item(), layer.weight[0].abs().mean().item(), rel_tol=1e-6)
