@@ -58,7 +58,7 @@ def fit(
 def _exposed(canonical: tvm.IRModule, configs: Mapping[str, LayerConfig], names: list[str]) -> tvm.IRModule:
     """The rewritten model with the β of `names` as parameters: `sample` kernels read theirs from memory."""
     computed = {n: LayerConfig(c.order, "sample") if n in names else c for n, c in configs.items()}
-    return ExposeScales(names)(pipeline.rewrite(computed)(canonical))
+    return tvm.transform.Sequential([pipeline.rewrite(computed), ExposeScales(names)])(canonical)
 
 
 def _scale_specs(exposed: tvm.IRModule, inputs: int) -> tuple[TensorSpec, ...]:

@@ -50,5 +50,3 @@ class ExposeScales:
         users = (program.values[user] for user in program.users[scales])
         names = [str(user.attrs["name"]) for user in users if op_name(user) in BITSERIAL]
         return [name for name in names if name in self.layers]
-
-

@@ -22,8 +22,8 @@ ELEMENTWISE_RULES = frozenset({"direct_convolution", "elementwise"})
 class ScheduleKernels:
     """Replaces each PrimFunc by its schedule under the first rule of the target's family that takes it.
 
-    Tensors that a plain schedule leaves between its blocks become further outputs of the kernel, so that the memory plan
-    owns them: a kernel that allocates does not belong on a small device.
+    Tensors that a plain schedule leaves between its blocks become further outputs of the kernel, so that the memory
+    plan owns them: a kernel that allocates does not belong on a small device.
     """
 
     def __init__(self, target: Target) -> None:
@@ -49,7 +49,7 @@ class ScheduleKernels:
         return _pass_workspaces(scheduled_mod, extra) if extra else scheduled_mod
 
 
-def _rules(target: Target) -> tuple:  # type: ignore[type-arg]
+def _rules(target: Target) -> tuple:
     if target.family == "x86":
         from horq_tvm.schedules import x86
 
@@ -57,7 +57,7 @@ def _rules(target: Target) -> tuple:  # type: ignore[type-arg]
     raise HorqError(f"target {target.name}: there are no schedules for the family {target.family!r}; accepted: x86")
 
 
-def _schedule(func: tirx.PrimFunc, target: Target, rules: tuple) -> tuple[tirx.PrimFunc, str]:  # type: ignore[type-arg]
+def _schedule(func: tirx.PrimFunc, target: Target, rules: tuple) -> tuple[tirx.PrimFunc, str]:
     attrs = dict(func.attrs) if func.attrs else {}
     for rule in rules:
         schedule = rule(func, target)

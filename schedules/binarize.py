@@ -3,8 +3,9 @@
 R_0 = x, H_i = sign(R_{i-1}), R_i = R_{i-1} − β_i·H_i (Li et al. 2017, eq. 9), in float32, rounded after each
 subtraction. Since β_i·H_i is ±β_i exactly, a select and one subtraction a plane are that formula to the bit.
 
-Written in TensorIR, because the mask of a 32-lane compare *is* the word: `reinterpret("uint32", Cast("uint1x32", r >= 0))`
-becomes a compare into a mask register on AVX-512 and compare + movmsk before it, and te.compute cannot say so.
+Written in TensorIR, because the mask of a 32-lane compare *is* the word, and te.compute cannot say so:
+`reinterpret("uint32", Cast("uint1x32", r >= 0))` becomes a compare into a mask register on AVX-512 and compare + movmsk
+before it.
 """
 
 from __future__ import annotations
@@ -70,29 +71,28 @@ def _words(spec: Binarization, x: tirx.Buffer, beta: tirx.Buffer, planes: tirx.B
     taps = spec.geometry.kernel if spec.scale == "patch" else (1, 1)
     whole = spec.group_channels % WORD_BITS == 0
     extents = _wide((batch, height, width, *taps, groups * len(words)))
-    with T.grid(*extents) as loops:
-        with T.sblock("pack" if bits == WORD_BITS else "pack_tail"):
-            n, y, x_, ry, rx, index = (T.axis.spatial(e, v, "int64") for e, v in zip(extents, loops, strict=True))
-            g, j = tirx.floordiv(index, len(words)), tirx.floormod(index, len(words))
-            channel = index * WORD_BITS if whole else g * spec.group_channels + (j + words.start) * WORD_BITS
-            row, column, inside = _source(spec, y, x_, ry, rx)
-            word = (ry * taps[1] + rx) * words_of(spec.group_channels) + words.start + j
-            scales = [beta[index] for index in _beta_indices(spec, n, y, x_, g)]
-            if inside is None:
-                T.reads(x[n, row, column, channel : channel + bits], beta[_beta_region(spec, n, y, x_, g)])
-            else:
-                T.reads(
-                    x[n, 0 : spec.input_shape[1], 0 : spec.input_shape[2], channel : channel + bits],
-                    beta[_beta_region(spec, n, y, x_, g)],
-                )
-            T.writes(planes[n, y, x_, g, 0:count, word])
-            parts = []
-            for offset, lanes in _chunks(bits):
-                value = _load(x, (n, row, column, channel + offset), lanes, inside)
-                parts.append((offset, _plane_words(value, scales, lanes, spec.first)))
-            for p in range(count):
-                bitsets = [w[p] << tirx.const(offset, "uint32") if offset else w[p] for offset, w in parts]
-                T.buffer_store(planes, _any(bitsets), [n, y, x_, g, p, word])
+    with T.grid(*extents) as loops, T.sblock("pack" if bits == WORD_BITS else "pack_tail"):
+        n, y, x_, ry, rx, index = (T.axis.spatial(e, v, "int64") for e, v in zip(extents, loops, strict=True))
+        g, j = tirx.floordiv(index, len(words)), tirx.floormod(index, len(words))
+        channel = index * WORD_BITS if whole else g * spec.group_channels + (j + words.start) * WORD_BITS
+        row, column, inside = _source(spec, y, x_, ry, rx)
+        word = (ry * taps[1] + rx) * words_of(spec.group_channels) + words.start + j
+        scales = [beta[index] for index in _beta_indices(spec, n, y, x_, g)]
+        if inside is None:
+            T.reads(x[n, row, column, channel : channel + bits], beta[_beta_region(spec, n, y, x_, g)])
+        else:
+            T.reads(
+                x[n, 0 : spec.input_shape[1], 0 : spec.input_shape[2], channel : channel + bits],
+                beta[_beta_region(spec, n, y, x_, g)],
+            )
+        T.writes(planes[n, y, x_, g, 0:count, word])
+        parts = []
+        for offset, lanes in _chunks(bits):
+            value = _load(x, (n, row, column, channel + offset), lanes, inside)
+            parts.append((offset, _plane_words(value, scales, lanes, spec.first)))
+        for p in range(count):
+            bitsets = [w[p] << tirx.const(offset, "uint32") if offset else w[p] for offset, w in parts]
+            T.buffer_store(planes, _any(bitsets), [n, y, x_, g, p, word])
 
 
 def _wide(extents: tuple[int, ...]) -> tuple[tirx.Expr, ...]:

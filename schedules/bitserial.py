@@ -2,7 +2,8 @@
 
 One reduction a plane, weights shared, so that the accumulators of one plane at a time live in registers:
 
-    acc_p[n,y,x,g,b,l] = start[class(y), class(x), g, b·v+l] + Σ_{ry,rx,c} popcount(planes[…, p, c] ^ weight[g,b,ry,rx,c,l])
+    acc_p[n,y,x,g,b,l] = start[class(y), class(x), g, b·v+l]
+                         + Σ_{ry,rx,c} popcount(planes[…, p, c] ^ weight[g,b,ry,rx,c,l])
 
 `start` makes zero padding exact and costs nothing: it is what the accumulator is set to. With `halved`, acc is −S/2
 and the factor is in the constants; otherwise S = 2·start' − … is formed as an integer (see `horq.packed_bitserial`).
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tvm import te, tirx
 
@@ -38,7 +40,9 @@ def border_class(position: tirx.Expr, bounds: tuple[int, int]) -> tirx.Expr:
     return te.min(position, low) + te.max(position - high, 0)
 
 
-def bitserial(spec: Bitserial, planes: te.Tensor, weight: te.Tensor, start: te.Tensor, *factors: te.Tensor) -> te.Tensor:
+def bitserial(
+    spec: Bitserial, planes: te.Tensor, weight: te.Tensor, start: te.Tensor, *factors: te.Tensor
+) -> te.Tensor:
     """→ float32 [N,HO,WO,F]; operands as `horq.packed_bitserial` lists them, words side by side."""
     counts = [_popcount(spec, p, planes, weight) for p in range(spec.order - spec.first)]
     return from_counts(spec, counts, start, *factors)
@@ -87,7 +91,7 @@ def _sum(spec: Bitserial, p: int, count: te.Tensor, start: te.Tensor) -> te.Tens
     )
 
 
-def _integer(spec: Bitserial, sums: Sequence[te.Tensor], p: int, index: tuple, lanes: int) -> tirx.Expr:  # type: ignore[type-arg]
+def _integer(spec: Bitserial, sums: Sequence[te.Tensor], p: int, index: tuple[Any, ...], lanes: int) -> tirx.Expr:
     """The integer of plane p at NHWC index, as float32."""
     n, y, x, f = index
     per_group = spec.channels // spec.geometry.groups
@@ -119,13 +123,13 @@ def _dynamic(spec: Bitserial, sums: Sequence[te.Tensor], factors: Sequence[te.Te
 
     def affine(n, y, x, f):  # type: ignore[no-untyped-def]
         group = f // per_group if spec.geometry.groups > 1 else 0
-        index = (n,) if spec.scale == "sample" else (n, y, x, group)
+        index: tuple[Any, ...] = (n,) if spec.scale == "sample" else (n, y, x, group)
         total = None
         if spec.first:
             first_sum = factors[3][border_class(y, spec.rows), border_class(x, spec.columns), f]
-            total = beta[(*index, 0)] * first_sum
+            total = beta(*index, 0) * first_sum
         for p in range(len(sums)):
-            term = beta[(*index, p + spec.first)] * _integer(spec, sums, p, (n, y, x, f), lanes)
+            term = beta(*index, p + spec.first) * _integer(spec, sums, p, (n, y, x, f), lanes)
             total = term if total is None else total + term
         return alpha[f] * total + bias[f]
 

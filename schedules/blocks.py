@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import TypeAlias
 
 import tvm_ffi
 from tvm import s_tir, tirx
 
-Sch = s_tir.Schedule
-Block = s_tir.schedule.SBlockRV
-Loop = s_tir.schedule.LoopRV
+Sch: TypeAlias = "s_tir.Schedule"
+Block: TypeAlias = "s_tir.schedule.SBlockRV"
+Loop: TypeAlias = "s_tir.schedule.LoopRV"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def source_of_last_axis(sch: Sch, block: Block) -> int | None:
 
 def work(sch: Sch, block: Block) -> int:
     """How often the block's body runs."""
-    return prod(int(v.dom.extent) for v in sch.get(block).iter_vars)
+    extents: list[int] = [int(v.dom.extent) for v in sch.get(block).iter_vars]
+    return prod(extents)
 
 
 def function(sch: Sch) -> tirx.PrimFunc:

@@ -216,7 +216,7 @@ def _map(sch: s_tir.Schedule, block: s_tir.SBlockRV, target: Target) -> None:
 
 
 def _transpose(sch: s_tir.Schedule, block: s_tir.SBlockRV, source: int) -> None:
-    """A map that reads along loop `source` and writes along the last one: squares that stay in the first-level cache."""
+    """A map that reads along loop `source` and writes along the last one, by squares that stay in the first cache."""
     loops = sch.get_loops(block)
     read, written = loops[source], loops[-1]
     ro, ri = sch.split(read, [None, min(TRANSPOSE, int(sch.get(read).extent))])

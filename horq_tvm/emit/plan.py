@@ -88,7 +88,8 @@ def lower(mod: tvm.IRModule) -> tvm.IRModule:
 def make_plan(lowered: tvm.IRModule, step_names: Mapping[str, str] | None = None) -> CallPlan:
     """Reads the straight line that `lower` leaves in `main`.
 
-    `step_names` maps the name of a kernel to what the profile shows for its calls, if not that name. HorqError names whatever is not a call, an alias or a constant.
+    `step_names` maps the name of a kernel to what the profile shows for its calls, if not that name. HorqError names
+    whatever is not a call, an alias or a constant.
     """
     main = lowered["main"]
     builder = _Builder(step_names or {}, _in_place(lowered))
@@ -182,7 +183,8 @@ class _Builder:
             if not isinstance(value, int):
                 raise HorqError(f"kernel {kernel} takes an argument that is no tensor")
             args.append(value)
-        self._steps.append(Step(kernel, self._step_names.get(kernel, kernel), tuple(args), self._in_place.get(kernel, ())))
+        shown = self._step_names.get(kernel, kernel)
+        self._steps.append(Step(kernel, shown, tuple(args), self._in_place.get(kernel, ())))
         return None
 
     def _allocate(self, call: relax.Call, name: str) -> int:

@@ -34,7 +34,8 @@ def binarize(
 ) -> relax.Call:
     """x float32 [N,H,W,C], β float32 (`static` [1,K], else as `horq.scales`) → uint32 planes.
 
-    `sample` and `static`: [N,H,W,G,P,words], unpadded. `patch`: im2col rows [N,HO,WO,G,P,kh·kw·words], a padded position
-    being an element of value 0. P = order − first: with first = 1 the first plane is known to be all +1 and is left out.
+    `sample` and `static`: [N,H,W,G,P,words], unpadded. `patch`: im2col rows [N,HO,WO,G,P,kh·kw·words], a padded
+    position being an element of value 0. P = order − first: with first = 1 the first plane is known to be all +1 and is
+    left out.
     """
     return call(BINARIZE, [x, beta], order=order, scale=scale, first=first, **geometry.attributes())

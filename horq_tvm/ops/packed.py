@@ -101,9 +101,7 @@ def packed_bitserial(
 
 def _infer_conv2d(expr: relax.Call) -> relax.TensorType:
     batch, height, width, _ = shape_of(expr.args[0])
-    return tensor(
-        (batch, *Geometry.of(expr.attrs).output_size(height, width), int(expr.attrs["channels"])), "float32"
-    )
+    return tensor((batch, *Geometry.of(expr.attrs).output_size(height, width), int(expr.attrs["channels"])), "float32")
 
 
 PACKED_CONV2D = register("horq.packed_conv2d", 2, _infer_conv2d)

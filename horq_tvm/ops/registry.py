@@ -15,7 +15,7 @@ InferType = Callable[[relax.Call], relax.TensorType]
 def register(name: str, num_inputs: int, infer: InferType) -> Op:
     """Registers the pure operator `name` with `num_inputs` operands; `infer(call)` gives the type of its one result.
 
-    A second registration of a name is an error in TVM's registry, so a reload of our module takes the operator it finds.
+    A second registration of a name is an error in TVM's registry: a reload of our module takes the operator it finds.
     """
     if name in Op.list_op_names():
         return Op.get(name)
