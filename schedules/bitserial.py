@@ -123,7 +123,7 @@ def _dynamic(spec: Bitserial, sums: Sequence[te.Tensor], factors: Sequence[te.Te
 
     def affine(n, y, x, f):  # type: ignore[no-untyped-def]
         group = f // per_group if spec.geometry.groups > 1 else 0
-        index: tuple[Any, ...] = (n,) if spec.scale == "sample" else (n, y, x, group)
+        index = (n,) if spec.scale == "sample" else (n, y, x, group)
         total = None
         if spec.first:
             first_sum = factors[3][border_class(y, spec.rows), border_class(x, spec.columns), f]

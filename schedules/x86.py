@@ -55,7 +55,7 @@ def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | 
     xo, xi = sch.split(x, [None, tile.px])
     yo, yi = sch.split(y, [None, tile.rows])
     sch.reorder(n, yo, g, fo, yi, xo, xi, fq, fv)
-    if True:
+    if width % tile.px:
         sch.annotate(xo, "pragma_loop_partition_hint", 1)
     if channels % (groups * tile.q * lanes):
         sch.annotate(fo, "pragma_loop_partition_hint", 1)
