@@ -1,0 +1,460 @@
+"""Train a network of the zoo on MNIST or CIFAR-10, in HORQ form or as the float it is measured against.
+
+    python examples/train.py cifar10 resnet20 --order float --epochs 8 --out runs
+    python examples/train.py cifar10 resnet20 --order 2 --scale static --epochs 5 --out runs \\
+        --teacher runs/resnet20-float-seed0.pt --start runs/resnet20-k3-static-seed0.pt
+
+Writes NAME.pt after every epoch, from which the same command goes on if it was stopped, and at the end NAME.onnx and
+NAME.json (accuracies, times, the command, the machine; examples/accuracy.py makes tables of them). With a teacher,
+teacher-NAME.onnx is its float network. Everything random follows from --seed and the number of the epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from horq_tvm import datasets, zoo
+from horq_tvm.errors import HorqError, UsageError
+from horq_tvm.export import to_onnx
+from horq_tvm.files import replacing
+from horq_tvm.nn import freeze_scales, quantisation_error, warm_start
+
+# Pixels of padding that a crop moves in.
+CROP = 4
+TEMPERATURE = 2.0
+WARM_UP = 0.05
+# Of all steps: from here on no weight decay, which would keep latent weights near the sign's edge and flipping.
+DECAY_UNTIL = 0.75
+CALIBRATION_IMAGES = 12_800
+MEASURED_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a result depends on; a checkpoint of other settings is not resumed."""
+
+    dataset: str
+    network: str
+    order: zoo.Order
+    scale: str
+    epochs: int
+    seed: int
+    batch: int
+    rate: float
+    decay: float
+    views: int
+    soft: float
+    bf16: bool
+    start: str | None
+    teacher: str | None
+
+    @property
+    def label(self) -> str:
+        return f"k{self.order}-{self.scale}" if isinstance(self.order, int) else self.order
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}-{self.label}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are: of no consequence to the result."""
+
+    out: Path
+    start: Path | None
+    teacher: Path | None
+
+    def file(self, settings: Settings, ending: str) -> Path:
+        return self.out / f"{settings.name}{ending}"
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """A dataset in memory as uint8, normalised and augmented a batch at a time.
+
+    CIFAR-10 is flipped and cropped, by a view's own seed: an epoch has the view `epoch % views`, so that a teacher need
+    see each view of an image only once, whatever is trained with it.
+    """
+
+    def __init__(self, data: datasets.Dataset, seed: int, views: int) -> None:
+        self.seed = seed
+        self.augment = data.name == "cifar10"
+        self.views = views if self.augment else 1
+        self.train, self.labels = torch.tensor(data.train_images), torch.tensor(data.train_labels)
+        self.test, self.test_labels = torch.tensor(data.test_images), torch.tensor(data.test_labels)
+        values = data.train_images[::10].astype(np.float32)
+        self._mean = torch.from_numpy(values.mean((0, 2, 3), keepdims=True))
+        self._deviation = torch.from_numpy(values.std((0, 2, 3), keepdims=True))
+        if self.augment:
+            height, width = self.train.shape[2:]
+            padded = F.pad(self.train, [CROP] * 4)
+            # Every crop as a view, [N,C,2·CROP+1,2·CROP+1,H,W], of which a batch picks one an image.
+            self._crops = padded.unfold(2, height, 1).unfold(3, width, 1)
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """uint8 → float32 of mean 0 and deviation 1 by channel."""
+        return (images - self._mean) / self._deviation
+
+    def view(self, number: int, rows: Tensor) -> Tensor:
+        """The rows of one view of the training images, float32."""
+        if not self.augment:
+            return self.normalised(self.train[rows])
+        drawn = torch.Generator().manual_seed(1000 * self.seed + number)
+        y, x = torch.randint(2 * CROP + 1, (2, len(self)), generator=drawn)
+        flipped = torch.rand(len(self), generator=drawn)[rows] < 0.5
+        images = self._crops[rows, :, y[rows], x[rows]]
+        images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+        return self.normalised(images)
+
+    def batches(self, epoch: int, size: int) -> list[Tensor]:
+        """The rows of an epoch's batches, of which each is whole."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(1_000_003 * self.seed + epoch))
+        return list(order[: len(self) // size * size].split(size))
+
+
+# --- Model ------------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `write_checkpoint` wrote. Raises HorqError for any other file."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such checkpoint") from None
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise HorqError(f"{path}: found no checkpoint of this script: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict) or not {"settings", "epoch", "model", "optimiser", "history"} <= found.keys():
+        raise HorqError(f"{path}: found no checkpoint of this script; accepted: a .pt file that it wrote")
+    return found
+
+
+def restored(path: Path, network: str) -> nn.Module:
+    """The model of a checkpoint. Raises UsageError for one of another network."""
+    found = read_checkpoint(path)
+    settings = found["settings"]
+    if settings["network"] != network:
+        raise UsageError(f"{path}: found a checkpoint of {settings['network']}; accepted: one of {network}")
+    model = zoo.build(network, settings["order"], settings["scale"])
+    model.load_state_dict(found["model"])
+    return model
+
+
+def accuracy(model: nn.Module, data: Images) -> float:
+    """The share of all test images that the model in eval mode gets right."""
+    model.eval()
+    right = 0
+    with torch.inference_mode():
+        for images, labels in zip(data.test.split(250), data.test_labels.split(250), strict=True):
+            right += int((model(data.normalised(images)).argmax(1) == labels).sum())
+    return right / len(data.test)
+
+
+def estimate_norms(model: nn.Module, data: Images, batch: int) -> None:
+    """Mean and variance of every batch normalisation anew, over training images and with the weights as they are now.
+
+    The running ones lag behind signs that flip until the last step. All else is in eval mode, as it will be used.
+    """
+    model.eval()
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average of all batches
+        norm.train()
+    with torch.no_grad():
+        for rows in data.batches(0, batch)[: max(1, CALIBRATION_IMAGES // batch)]:
+            model(data.view(0, rows))
+    for norm in norms:
+        norm.momentum = 0.1
+    model.eval()
+
+
+class Teacher:
+    """The logits of a float network on each view of the training images, computed once and kept in files."""
+
+    def __init__(self, path: Path, network: str, data: Images, folder: Path) -> None:
+        self.model, self._data = restored(path, network).eval(), data
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        self._file = lambda view: folder / f"teacher-{digest}-seed{data.seed}-view{view}.npy"
+
+    def logits(self, view: int) -> Tensor:
+        """float32 [N, classes]."""
+        path = self._file(view)
+        if not path.exists():
+            with torch.inference_mode():
+                rows = torch.arange(len(self._data)).split(250)
+                found = torch.cat([self.model(self._data.view(view, part)) for part in rows])
+            with replacing(path) as partial, partial.open("wb") as file:
+                np.save(file, found.half().numpy())
+        return torch.from_numpy(np.load(path)).float()
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def optimiser_of(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW, whose decay is on weights alone: not on biases, slopes and scales."""
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": weights, "weight_decay": settings.decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.rate)
+
+
+def rate_at(progress: float) -> float:
+    """The factor on the rate at that share of all steps: linear warm-up, then half a cosine to 0."""
+    if progress < WARM_UP:
+        return progress / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+
+
+def loss_of(scores: Tensor, labels: Tensor, taught: Tensor | None, soft: float) -> Tensor:
+    """Cross entropy, mixed with the teacher's by `soft` (Hinton et al. 2015, softened by TEMPERATURE)."""
+    hard = F.cross_entropy(scores, labels)
+    if taught is None:
+        return hard
+    wanted = F.log_softmax(taught / TEMPERATURE, 1)
+    given = F.log_softmax(scores / TEMPERATURE, 1)
+    distance = F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+    return (1 - soft) * hard + soft * TEMPERATURE**2 * distance
+
+
+class Trainer:
+    """One run from its settings to its files; `epochs` may be left at any time and comes back to the last whole one."""
+
+    def __init__(self, settings: Settings, places: Places, data: Images) -> None:
+        self.settings, self.places, self.data = settings, places, data
+        torch.manual_seed(settings.seed)
+        self.model = zoo.build(settings.network, settings.order, settings.scale)
+        self.history: list[dict[str, float]] = []
+        self._checkpoint = places.file(settings, ".pt")
+        self.teacher = places.teacher and Teacher(places.teacher, settings.network, data, places.out)
+        if places.start and not self._checkpoint.exists():
+            # All but β where the orders differ, which the first batch fits anew.
+            warm_start(self.model, restored(places.start, settings.network).state_dict())
+        self.optimiser = optimiser_of(self.model, settings)
+        if self._checkpoint.exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        found = read_checkpoint(self._checkpoint)
+        wanted = dataclasses.asdict(self.settings)
+        for key, value in wanted.items():
+            if found["settings"].get(key) != value:
+                raise UsageError(
+                    f"{self._checkpoint}: found a run with {key}={found['settings'].get(key)!r}, wanted {value!r}; "
+                    "remove it or name another --out"
+                )
+        self.model.load_state_dict(found["model"])
+        self.optimiser.load_state_dict(found["optimiser"])
+        self.history = found["history"]
+
+    def epochs(self, advance: Any) -> Iterator[dict[str, float]]:
+        """The epochs that are left; each yields its record once it is on disk."""
+        for epoch in range(len(self.history), self.settings.epochs):
+            # β stands still in the last tenth, at least in the last epoch of several: what follows adapts to it.
+            if self.settings.epochs > 1 and epoch >= min(self.settings.epochs - 1, 0.9 * self.settings.epochs):
+                freeze_scales(self.model)
+            began = time.perf_counter()
+            loss = self._epoch(epoch, advance)
+            seconds = time.perf_counter() - began
+            if epoch == self.settings.epochs - 1:
+                estimate_norms(self.model, self.data, self.settings.batch)
+            record = {"epoch": epoch + 1, "loss": loss, "accuracy": accuracy(self.model, self.data), "seconds": seconds}
+            self.history.append(record)
+            self._save()
+            yield record
+
+    def _epoch(self, epoch: int, advance: Any) -> float:
+        """Train on one view of all images; the mean loss. Raises HorqError where it is not finite."""
+        settings, view = self.settings, epoch % self.data.views
+        taught = self.teacher.logits(view) if self.teacher else None
+        batches, total = self.data.batches(epoch, settings.batch), 0.0
+        self.model.train()
+        for step, rows in enumerate(batches):
+            progress = (epoch + step / len(batches)) / settings.epochs
+            for group in self.optimiser.param_groups:
+                group["lr"] = settings.rate * rate_at(progress)
+                group["weight_decay"] = group["weight_decay"] if progress < DECAY_UNTIL else 0.0
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+                scores = self.model(self.data.view(view, rows))
+            soft = None if taught is None else taught[rows]
+            loss = loss_of(scores.float(), self.data.labels[rows], soft, settings.soft)
+            if not torch.isfinite(loss):
+                raise HorqError(f"{settings.name}: the loss is {loss.item()} in epoch {epoch + 1}; try a lower --rate")
+            self.optimiser.zero_grad()
+            loss.backward()
+            self.optimiser.step()
+            total += loss.item()
+            advance()
+        return total / len(batches)
+
+    def _save(self) -> None:
+        with replacing(self._checkpoint) as partial:
+            torch.save(
+                {
+                    "settings": dataclasses.asdict(self.settings),
+                    "epoch": len(self.history),
+                    "model": self.model.state_dict(),
+                    "optimiser": self.optimiser.state_dict(),
+                    "history": self.history,
+                },
+                partial,
+            )
+
+    def finish(self) -> dict[str, Any]:
+        """Export, measure, and write the JSON, which says that the run is complete; returns it."""
+        example = self.data.normalised(self.data.test[:1])
+        path = self.places.file(self.settings, ".onnx")
+        to_onnx(self.model, example, path, ["image"], ["scores"], dynamic_batch=True)
+        if self.teacher:
+            twin = self.places.out / f"teacher-{path.name}"
+            to_onnx(self.teacher.model, example, twin, ["image"], ["scores"], dynamic_batch=True)
+        result = self.result()
+        with replacing(self.places.file(self.settings, ".json")) as partial:
+            partial.write_text(json.dumps(result, indent=1) + "\n")
+        return result
+
+    def result(self) -> dict[str, Any]:
+        seconds = sum(record["seconds"] for record in self.history)
+        batch = self.data.normalised(self.data.test[:MEASURED_IMAGES])
+        errors = quantisation_error(self.model, batch) if isinstance(self.settings.order, int) else ()
+        return {
+            **dataclasses.asdict(self.settings),
+            "label": self.settings.label,
+            "accuracy": self.history[-1]["accuracy"],
+            "history": self.history,
+            "seconds": seconds,
+            "images_per_second": self.settings.epochs * len(self.data) / seconds,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "layers": [dataclasses.asdict(error) for error in errors],
+            "command": shlex.join(["python", *sys.argv]),
+            "hardware": hardware(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+
+
+def hardware() -> str:
+    """The processor's name, its cores, and how many threads train."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("dataset", choices=list(datasets.SOURCES))
+    add("network", help=f"{', '.join(zoo.NETWORKS)}; its images must be those of the dataset")
+    add("--order", default="2", help="K, 1 to 8; bw: binary weights, float activations; float (default: 2)")
+    add("--scale", default="static", help="patch, sample or static (default: static)")
+    add("--epochs", type=int, default=10, help="passes over the training images in all (default: 10)")
+    add("--seed", type=int, default=0, help="of weights, batches and augmentation (default: 0)")
+    add("--out", type=Path, default=Path("runs"), help="folder of checkpoints and results (default: runs)")
+    add("--data", type=Path, help="folder with the dataset's files (default: fetched once into the cache)")
+    add("--start", type=Path, help="checkpoint of the same network of another order to start from")
+    add("--teacher", type=Path, help="checkpoint of the float network to learn from")
+    add("--soft", type=float, default=0.5, help="weight of the teacher against the labels (default: 0.5)")
+    add("--batch", type=int, default=128, help="images a step (default: 128)")
+    add("--rate", type=float, default=2e-3, help="highest learning rate (default: 0.002)")
+    add("--decay", type=float, default=1e-2, help="weight decay, 0 in the last quarter (default: 0.01)")
+    add("--views", type=int, default=8, help="augmented views of an image before they repeat (default: 8)")
+    add("--bf16", action="store_true", help="autocast convolutions to bfloat16 in training")
+    add("--threads", type=int, default=os.cpu_count(), help="of PyTorch (default: all cores)")
+    return parser.parse_args(argv)
+
+
+def settings_of(given: argparse.Namespace) -> Settings:
+    """Raises UsageError for a number that is out of its range."""
+    for name, least in (("epochs", 1), ("batch", 2), ("views", 1), ("threads", 1)):
+        if getattr(given, name) < least:
+            raise UsageError(f"--{name} {getattr(given, name)}; accepted: {least} or more")
+    order = int(given.order) if given.order.lstrip("-").isdigit() else given.order
+    return Settings(
+        **{f.name: getattr(given, f.name) for f in dataclasses.fields(Settings) if f.name not in FILES_AND_ORDER},
+        order=order,
+        # By name: a moved folder does not make another run.
+        start=given.start and given.start.name,
+        teacher=given.teacher and given.teacher.name,
+    )
+
+
+FILES_AND_ORDER = ("order", "start", "teacher")
+
+
+def run(given: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Train what `given` says, or finish it; the result that NAME.json holds."""
+    settings = settings_of(given)
+    zoo.build(settings.network, settings.order, settings.scale)  # mistakes are told before data are fetched
+    torch.set_num_threads(given.threads)
+    given.out.mkdir(parents=True, exist_ok=True)
+    data = Images(datasets.load(settings.dataset, given.data), settings.seed, settings.views)
+    if zoo.architecture(settings.network).image != tuple(data.train.shape[1:]):
+        wanted = list(zoo.architecture(settings.network).image)
+        raise UsageError(
+            f"{settings.network} takes images {wanted}; {settings.dataset}'s are {list(data.train.shape[1:])}"
+        )
+    trainer = Trainer(settings, Places(given.out, given.start, given.teacher), data)
+    steps = len(data) // settings.batch
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        done = len(trainer.history) * steps
+        task = progress.add_task(settings.name, total=settings.epochs * steps, completed=done)
+        for record in trainer.epochs(lambda: progress.advance(task)):
+            rate = len(data) / record["seconds"]
+            console.print(
+                f"{settings.name} epoch {record['epoch']}/{settings.epochs}: loss {record['loss']:.4f}, "
+                f"test accuracy {record['accuracy']:.2%}, {record['seconds']:.0f} s ({rate:.0f} images/s)"
+            )
+    return trainer.finish()
+
+
+def main() -> int:
+    given = arguments()
+    try:
+        result = run(given, Console())
+    except HorqError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    print(f"{given.out}: {result['label']} {result['accuracy']:.2%} on all test images")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

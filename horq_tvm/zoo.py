@@ -1,0 +1,227 @@
+"""Architectures that binary networks really use, in HORQ form: `zoo.build("resnet20", order=2, scale="static")`.
+
+The order says what a network's inner convolutions are: an int K, K planes of activations and binary weights; "bw",
+binary weights and float activations, the limit K → ∞, which parts what activations cost from what weights cost; or
+"float", the twin that both are measured against. All three have the same topology and the same nonlinearities, which
+are PReLUs: the quantiser alone comes and goes.
+
+The residual networks' block is x + PReLU(conv(BN(x))) with a shortcut around every convolution (Liu et al. 2018,
+"Bi-Real Net") and a PReLU behind it (Martinez et al. 2020, "Training binary neural networks with real-to-binary
+convolutions"): what is quantised is a normalised, signed value, and the shortcut carries the float one past it. First
+and last layers, and the 1×1 convolutions that widen a shortcut, stay float as is customary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from horq_tvm.errors import UsageError
+from horq_tvm.nn import HorqConv2d, HorqLinear
+from horq_tvm.nn.options import HorqOptions
+from horq_tvm.nn.quantise import BinaryWeight
+from horq_tvm.specs import Scale
+
+Order = int | Literal["float", "bw"]
+
+
+class BinaryWeightConv2d(nn.Conv2d):
+    """A convolution with α·B for its weights, those of a HORQ layer, and with float activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight = BinaryWeight.apply(self.weight, True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class BinaryWeightLinear(nn.Linear):
+    """A dense layer with α·B for its weights, those of a HORQ layer, and with float activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight = BinaryWeight.apply(self.weight, True)
+        return F.linear(x, weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The inner layers of a network of one order and scale. Raises UsageError for one that there is not."""
+
+    order: Order
+    scale: Scale = "static"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.order, int):
+            HorqOptions(self.order, self.scale, "residual", "learned", True)
+        elif self.order not in ("float", "bw"):
+            raise UsageError(f"order {self.order!r}; accepted: an int, 'float' or 'bw'")
+
+    def conv(self, channels: int, filters: int, kernel: int, **window: Any) -> nn.Module:
+        """A convolution without bias; `window` is its stride and padding."""
+        if isinstance(self.order, int):
+            return HorqConv2d(channels, filters, kernel, **window, order=self.order, scale=self.scale)
+        kind = BinaryWeightConv2d if self.order == "bw" else nn.Conv2d
+        return kind(channels, filters, kernel, **window, bias=False)
+
+    def linear(self, features: int, filters: int) -> nn.Module:
+        """A dense layer without bias."""
+        if isinstance(self.order, int):
+            return HorqLinear(features, filters, bias=False, order=self.order, scale=self.scale)
+        kind = BinaryWeightLinear if self.order == "bw" else nn.Linear
+        return kind(features, filters, bias=False)
+
+
+class Block(nn.Module):
+    """shortcut(x) + PReLU(conv3×3(BN(x))); a shortcut that narrows the image or widens it is a pool and a float 1×1."""
+
+    def __init__(self, layers: Layers, channels: int, filters: int, stride: int = 1) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.conv = layers.conv(channels, filters, 3, stride=stride, padding=1)
+        self.act = nn.PReLU(filters)
+        pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        widen = nn.Sequential(nn.Conv2d(channels, filters, 1, bias=False), nn.BatchNorm2d(filters))
+        self.shortcut = pool if channels == filters else nn.Sequential(pool, *widen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.act(self.conv(self.norm(x)))
+
+
+class Head(nn.Sequential):
+    """BN, ReLU, the mean over the image, and a float classifier: [N,C,H,W] → [N,classes]."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__(
+            nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+        )
+
+
+def _stem(channels: int, filters: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(channels, filters, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(filters), nn.ReLU())
+
+
+def _stages(layers: Layers, widths: tuple[int, ...], convolutions: int) -> nn.Sequential:
+    """Stages of so many blocks each, of which all but the first halve the image at their start."""
+    blocks, channels = [], widths[0]
+    for stage, filters in enumerate(widths):
+        for i in range(convolutions):
+            blocks.append(Block(layers, channels, filters, 2 if stage and not i else 1))
+            channels = filters
+    return nn.Sequential(*blocks)
+
+
+def mnist(layers: Layers, classes: int = 10) -> nn.Sequential:
+    """[N,1,28,28] → [N,10]: float 5×5 stem, HORQ 3×3 convolution and dense layer, float head.
+
+    What Li et al. 2017 trained on MNIST is not told in layers. This is LeNet-5's shape with strides for its pools and
+    widths that fill words of 32 bits.
+    """
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 5, 2, bias=False),
+        nn.BatchNorm2d(32),
+        layers.conv(32, 64, 3, stride=2, padding=1),
+        nn.PReLU(64),
+        nn.Flatten(),
+        nn.BatchNorm1d(64 * 6 * 6),
+        layers.linear(64 * 6 * 6, 256),
+        nn.PReLU(256),
+        nn.BatchNorm1d(256),
+        nn.Linear(256, classes),
+    )
+
+
+def vgg_small(layers: Layers, classes: int = 10) -> nn.Sequential:
+    """[N,3,32,32] → [N,10]: convolutions of 2×128, 2×256 and 2×512 filters, the first float (LQ-Net); no shortcuts."""
+    body: list[nn.Module] = [nn.Conv2d(3, 128, 3, padding=1, bias=False), nn.PReLU(128)]
+    channels = 128
+    for filters, pool in ((128, True), (256, False), (256, True), (512, False), (512, True)):
+        body += [nn.BatchNorm2d(channels), layers.conv(channels, filters, 3, padding=1), nn.PReLU(filters)]
+        body += [nn.MaxPool2d(2)] if pool else []
+        channels = filters
+    return nn.Sequential(*body, nn.BatchNorm2d(512), nn.Flatten(), nn.Linear(512 * 4 * 4, classes))
+
+
+def resnet20(layers: Layers, classes: int = 10) -> nn.Sequential:
+    """[N,3,32,32] → [N,10]: 18 convolutions of 16, 32 and 64 channels (He et al. 2016), a shortcut around each."""
+    return nn.Sequential(_stem(3, 16, 3), _stages(layers, (16, 32, 64), 6), Head(64, classes))
+
+
+def resnet18(layers: Layers, classes: int = 1000) -> nn.Sequential:
+    """[N,3,224,224] → [N,1000]: 16 convolutions of 64 to 512 channels (He et al. 2016), a shortcut around each."""
+    stem = nn.Sequential(*_stem(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1))
+    return nn.Sequential(stem, _stages(layers, (64, 128, 256, 512), 4), Head(512, classes))
+
+
+class QuickNet(nn.Module):
+    """[N,3,224,224] → [N,1000]: after Larq's QuickNet (Bannink et al. 2021), with the block of the other networks.
+
+    The stem reduces the image by 4 at little cost (3×3 to 8 channels, depthwise, 1×1); between sections a max pool and
+    a 1×1 float convolution take the place of Larq's blur pool.
+    """
+
+    def __init__(self, layers: Layers, classes: int = 1000, widths: tuple[int, ...] = (64, 128, 256, 512)) -> None:
+        super().__init__()
+        depthwise = nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False)
+        widen = nn.Conv2d(8, widths[0], 1, bias=False)
+        self.stem = nn.Sequential(*_stem(3, 8, 3, 2), depthwise, nn.BatchNorm2d(8), widen, nn.BatchNorm2d(widths[0]))
+        sections: list[nn.Module] = []
+        for i, width in enumerate(widths):
+            sections += [_transition(widths[i - 1], width)] if i else []
+            sections += [Block(layers, width, width) for _ in range(4)]
+        self.sections = nn.Sequential(*sections)
+        self.head = Head(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.sections(self.stem(x)))
+
+
+def _transition(channels: int, filters: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(channels, filters, 1, bias=False), nn.BatchNorm2d(filters)
+    )
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a network is made, what one image of it is, [C,H,W], and its classes."""
+
+    make: Callable[[Layers, int], nn.Module]
+    image: tuple[int, int, int]
+    classes: int
+
+
+NETWORKS = {
+    "mnist": Architecture(mnist, (1, 28, 28), 10),
+    "vgg_small": Architecture(vgg_small, (3, 32, 32), 10),
+    "resnet20": Architecture(resnet20, (3, 32, 32), 10),
+    "resnet18": Architecture(resnet18, (3, 224, 224), 1000),
+    "quicknet": Architecture(QuickNet, (3, 224, 224), 1000),
+}
+
+
+def architecture(network: str) -> Architecture:
+    """The network of that name. Raises UsageError that lists those there are."""
+    if network not in NETWORKS:
+        raise UsageError(f"network {network!r}; accepted: {', '.join(NETWORKS)}")
+    return NETWORKS[network]
+
+
+def build(network: str, order: Order, scale: Scale = "static", classes: int | None = None) -> nn.Module:
+    """A network of NETWORKS, untrained: order 1 to 8 with its scale, "bw" or "float", which have none.
+
+    Raises:
+        UsageError: a network, order or scale that there is not.
+    """
+    found = architecture(network)
+    return found.make(Layers(order, scale), classes or found.classes)
+
+
+def example(network: str, images: int = 1) -> Tensor:
+    """Seeded normal images float32 [N,C,H,W] of the size that the network takes, for exports and benchmarks."""
+    return torch.randn(images, *architecture(network).image, generator=torch.Generator().manual_seed(0))
