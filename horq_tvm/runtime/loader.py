@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,18 +150,26 @@ class _Contexts:
     @contextmanager
     def borrowed(self) -> Iterator[int]:
         """A context that nobody else uses meanwhile."""
-        with self._lock:
-            if self._process != os.getpid():  # a context's threads do not follow it through a fork
-                self._process = os.getpid()
-                self._free.clear()
-            context = self._free.pop() if self._free else None
-        if context is None:
-            context = self._create()
+        context = self.take()
         try:
             yield context
         finally:
+            self.give_back(context)
+
+    def take(self) -> int:
+        """A context for the caller alone, until `give_back`."""
+        if self._process != os.getpid():  # a context's threads do not follow it through a fork
             with self._lock:
-                self._free.append(context)
+                self._process = os.getpid()
+                self._free.clear()
+        try:
+            return self._free.pop()  # atomic, and so is append
+        except IndexError:
+            return self._create()
+
+    def give_back(self, context: int) -> None:
+        """For the next caller."""
+        self._free.append(context)
 
     def _create(self) -> int:
         context = ctypes.c_void_p()
@@ -175,14 +184,49 @@ def _destroy_all(library: ctypes.CDLL, contexts: list[int]) -> None:
         library.horq_destroy(context)
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """A tensor of the interface in the terms in which a call checks and makes arrays: found once, not every call."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    nbytes: int
+
+    @classmethod
+    def of(cls, spec: TensorSpec) -> _Slot:
+        dtype = np.dtype(spec.dtype)
+        return cls(spec.name, spec.shape, dtype, math.prod(spec.shape) * dtype.itemsize)
+
+    def checked(self, value: Array) -> Array:
+        """`value` as a contiguous array. UsageError where its shape or dtype is another."""
+        array = np.asarray(value)
+        if array.dtype != self.dtype:
+            raise UsageError(f"input {self.name!r} has dtype {array.dtype}; accepted is {self.dtype}")
+        if array.shape != self.shape:
+            raise UsageError(f"input {self.name!r} has shape {list(array.shape)}; accepted is {list(self.shape)}")
+        # ascontiguousarray would make an array of one element of a scalar.
+        return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+    def empty(self) -> tuple[Array, int]:
+        """An uninitialised array whose data start at a multiple of 64 bytes, and where that is."""
+        memory = np.empty(self.nbytes + _ALIGNMENT, np.uint8)
+        address = _address(memory)
+        start = -address % _ALIGNMENT
+        return memory[start : start + self.nbytes].view(self.dtype).reshape(self.shape), address + start
+
+
 class _Call:
     """The arrays of one call and the pointers to them: the arrays live as long as somebody may follow the pointers."""
 
-    def __init__(self, inputs: Sequence[Array], outputs: Sequence[TensorSpec]) -> None:
+    __slots__ = ("inputs", "outputs", "results", "sources")
+
+    def __init__(self, inputs: Sequence[Array], outputs: Sequence[_Slot], pointers: tuple[Any, Any]) -> None:
+        made = [slot.empty() for slot in outputs]
         self.inputs = inputs
-        self.outputs = [_aligned_empty(spec) for spec in outputs]
-        self.sources = _pointers(self.inputs)
-        self.results = _pointers(self.outputs)
+        self.outputs = [array for array, _ in made]
+        self.sources = pointers[0](*map(_address, inputs))
+        self.results = pointers[1](*(address for _, address in made))
 
 
 class LoadedModel:
@@ -197,6 +241,9 @@ class LoadedModel:
         self.manifest = manifest
         self.threads = threads
         self._library = library
+        self._slots = tuple(map(_Slot.of, manifest.inputs)), tuple(map(_Slot.of, manifest.outputs))
+        inputs, outputs = (ctypes.c_void_p * max(len(slots), 1) for slots in self._slots)
+        self._pointers = inputs, outputs
         _check_features(path, library)
         self._contexts = _Contexts(library, threads)
         with self._contexts.borrowed():
@@ -223,16 +270,19 @@ class LoadedModel:
         Arrays have the shape and dtype of `inputs`; one that is not contiguous is copied. UsageError names an input
         that is missing, unknown, or of another shape or dtype; HorqError a kernel that failed.
         """
-        call = _Call(self._match(arrays, named), self.outputs)
-        with self._contexts.borrowed() as context:
+        call = self._call(arrays, named)
+        context = self._contexts.take()  # not `borrowed`, which takes as long as a small network
+        try:
             self._run(context, call)
-        return {spec.name: array for spec, array in zip(self.outputs, call.outputs, strict=True)}
+        finally:
+            self._contexts.give_back(context)
+        return {slot.name: array for slot, array in zip(self._slots[1], call.outputs, strict=True)}
 
     def profile(self, *arrays: Array, runs: int = 20, **named: Array) -> list[StepTime]:
         """The kernel calls of the model in order, each with its median time over `runs` runs, after one to warm up."""
         if runs < 1:
             raise UsageError(f"runs is {runs}; accepted is 1 or more")
-        call = _Call(self._match(arrays, named), self.outputs)
+        call = self._call(arrays, named)
         library, count = self._library, self._library.horq_step_count()
         samples: list[list[int]] = []
         with self._contexts.borrowed() as context:
@@ -253,9 +303,14 @@ class LoadedModel:
             text = self._library.horq_status_text(status).decode()
             raise HorqError(f"{self.path}: {text}" + (f" ({detail})" if detail else ""))
 
+    def _call(self, arrays: Sequence[Array], named: dict[str, Array]) -> _Call:
+        slots, outputs = self._slots
+        values = arrays if len(arrays) == len(slots) and not named else self._match(arrays, named)
+        return _Call([slot.checked(v) for slot, v in zip(slots, values, strict=True)], outputs, self._pointers)
+
     def _match(self, arrays: Sequence[Array], named: dict[str, Array]) -> list[Array]:
-        """The arrays in the inputs' order, checked and contiguous."""
-        names = [spec.name for spec in self.inputs]
+        """The arrays in the inputs' order."""
+        names = [slot.name for slot in self._slots[0]]
         if len(arrays) > len(names):
             raise UsageError(f"{len(arrays)} arrays given; the model's inputs are: {', '.join(names)}")
         given: dict[str, Array] = dict(zip(names, arrays, strict=False))
@@ -268,7 +323,7 @@ class LoadedModel:
         missing = [name for name in names if name not in given]
         if missing:
             raise UsageError(f"input {missing[0]!r} is missing; the model's inputs are: {', '.join(names)}")
-        return [_checked(spec, given[spec.name]) for spec in self.inputs]
+        return [given[name] for name in names]
 
 
 def _check_features(path: Path, library: ctypes.CDLL) -> None:
@@ -277,29 +332,6 @@ def _check_features(path: Path, library: ctypes.CDLL) -> None:
     if count:
         missing = ", ".join(name.decode() for name in names[:count] if name is not None)
         raise HorqError(f"{path} needs CPU features that this machine lacks: {missing}; build it for another target")
-
-
-def _checked(spec: TensorSpec, value: Array) -> Array:
-    array = np.asarray(value)
-    if array.dtype != np.dtype(spec.dtype):
-        raise UsageError(f"input {spec.name!r} has dtype {array.dtype}; accepted is {spec.dtype}")
-    if array.shape != spec.shape:
-        raise UsageError(f"input {spec.name!r} has shape {list(array.shape)}; accepted is {list(spec.shape)}")
-    # ascontiguousarray would make an array of one element of a scalar.
-    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
-
-
-def _aligned_empty(spec: TensorSpec) -> Array:
-    """An uninitialised array whose data start at a multiple of 64 bytes."""
-    dtype = np.dtype(spec.dtype)
-    nbytes = math.prod(spec.shape) * dtype.itemsize
-    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -_address(memory) % _ALIGNMENT
-    return memory[start : start + nbytes].view(dtype).reshape(spec.shape)
-
-
-def _pointers(arrays: Sequence[Array]) -> Any:
-    return (ctypes.c_void_p * max(len(arrays), 1))(*map(_address, arrays))
 
 
 def _address(array: Array) -> int:

@@ -138,12 +138,12 @@ def test_profile_names_every_step_and_times_it(library: Path) -> None:
 def test_profile_keeps_the_memory_that_kernels_write_into(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(library)
     made: list[weakref.ref[np.ndarray]] = []
-    empty, run = loader._aligned_empty, model._library.horq_run
+    empty, run = loader._Slot.empty, model._library.horq_run
 
-    def watched_empty(entry: object) -> np.ndarray:
-        array = empty(entry)
+    def watched_empty(slot: loader._Slot) -> tuple[np.ndarray, int]:
+        array, address = empty(slot)
         made.append(weakref.ref(array))
-        return array
+        return array, address
 
     def watched_run(*arguments: object) -> int:
         gc.collect()
@@ -151,7 +151,7 @@ def test_profile_keeps_the_memory_that_kernels_write_into(library: Path, monkeyp
         assert all(array() is not None for array in made)
         return run(*arguments)
 
-    monkeypatch.setattr(loader, "_aligned_empty", watched_empty)
+    monkeypatch.setattr(loader._Slot, "empty", watched_empty)
     monkeypatch.setattr(model._library, "horq_run", watched_run)
     model.profile(*arrays(), runs=2)
 
