@@ -40,6 +40,7 @@ from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.export import to_onnx
 from horq_tvm.files import replacing
 from horq_tvm.nn import freeze_scales, quantisation_error, warm_start
+from horq_tvm.onnx_bits import pack_signs
 
 # Pixels of padding that a crop moves in.
 CROP = 4
@@ -332,7 +333,9 @@ class Trainer:
         """Export, measure, and write the JSON, which says that the run is complete; returns it."""
         example = self.data.normalised(self.data.test[:1])
         path = self.places.file(self.settings, ".onnx")
-        to_onnx(self.model, example, path, ["image"], ["scores"], dynamic_batch=True)
+        model = to_onnx(self.model, example, path, ["image"], ["scores"], dynamic_batch=True)
+        with replacing(path) as partial:
+            partial.write_bytes(pack_signs(model).SerializeToString(deterministic=True))
         if self.teacher:
             twin = self.places.out / f"teacher-{path.name}"
             to_onnx(self.teacher.model, example, twin, ["image"], ["scores"], dynamic_batch=True)

@@ -142,10 +142,10 @@ def _unpack(archive: Path, source: _Source, folder: Path) -> None:
 
 
 def _read_mnist(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    images, labels = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"), ("train-labels-idx1-ubyte",)
-    labels += ("t10k-labels-idx1-ubyte",)
-    train, test = (_idx(folder / name)[:, None] for name in images)
-    train_labels, test_labels = (_idx(folder / name).astype(np.int64) for name in labels)
+    train, test = (_idx(folder / f"{part}-images-idx3-ubyte")[:, None] for part in ("train", "t10k"))
+    train_labels, test_labels = (
+        _idx(folder / f"{part}-labels-idx1-ubyte").astype(np.int64) for part in ("train", "t10k")
+    )
     return train, train_labels, test, test_labels
 
 
