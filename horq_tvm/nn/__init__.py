@@ -11,6 +11,7 @@ from horq_tvm.nn.activations import RPReLU, RSign
 from horq_tvm.nn.convert import convert
 from horq_tvm.nn.error import LayerError, quantisation_error
 from horq_tvm.nn.layers import HorqConv2d, HorqLayer, HorqLinear
+from horq_tvm.nn.memory import keep_freed_memory
 from horq_tvm.nn.quantise import MIN_BETA, STES
 from horq_tvm.nn.states import freeze, freeze_scales, warm_start
 
@@ -26,6 +27,7 @@ __all__ = [
     "convert",
     "freeze",
     "freeze_scales",
+    "keep_freed_memory",
     "quantisation_error",
     "warm_start",
 ]

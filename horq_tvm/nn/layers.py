@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from horq_tvm.errors import UsageError
 from horq_tvm.nn.options import Beta, HorqOptions, Ste, integers
-from horq_tvm.nn.patch import patch_conv2d
+from horq_tvm.nn.patch import Window, patch_conv2d
 from horq_tvm.nn.quantise import (
     MIN_BETA,
     BinaryWeight,
@@ -228,9 +228,9 @@ class HorqConv2d(HorqLayer):
         self.dilation = integers("dilation", dilation, (2,), least=1)
 
     def _train(self, x: Tensor, weight: Tensor) -> Tensor:
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
         if self.scale == "patch":
-            return patch_conv2d(x, weight, self.bias, self.order, self.options.ste, *geometry)
+            window = Window(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+            return patch_conv2d(x, weight, self.bias, self.order, self.options.ste, window)
         quantised = self.quantised(x, (1, 2, 3))
         top, left, bottom, right = self.padding
         if (top, left) == (bottom, right):

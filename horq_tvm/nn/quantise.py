@@ -52,40 +52,51 @@ class ResidualQuantise(torch.autograd.Function):
         x, beta = ctx.saved_tensors
         grad_x = grad_beta = None
         if ctx.needs_input_grad[0]:
-            grad_x = _passed_through(grad, x, beta, ctx.ste).to(x.dtype)
+            grad_x = passed_through(grad, x, beta, ctx.ste).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            # The planes are computed again rather than kept: K times the activations is what training would hold.
-            sums = [plane.mul_(grad).sum() for plane in planes_of(x.float(), beta)]
-            grad_beta = torch.stack(sums).reshape(beta.shape)
+            grad_beta = _plane_sums(grad, x, beta).reshape(beta.shape)
         return grad_x, grad_beta, None
 
 
 def quantise(x: Tensor, beta: Tensor) -> Tensor:
-    """Σ β_i·H_i in float32, summed in plane order; β[K,...] broadcasts against x."""
+    """Σ β_i·H_i in float32, summed in plane order; β[K,...] broadcasts against x.
+
+    In place where it can be: on a CPU, touching fresh memory costs more than the arithmetic.
+    """
     residual = x.float() + 0.0  # the sign of −0.0 is +1
     total = torch.copysign(beta[0], residual)
     plane = total
-    for scale in beta[1:]:
-        residual = residual.sub_(plane)
-        plane = torch.copysign(scale, residual)
-        total = total + plane
+    for i, scale in enumerate(beta[1:]):
+        residual.sub_(plane)
+        plane = torch.copysign(scale, residual, out=plane if i else torch.empty_like(residual))
+        total.add_(plane)
     return total
 
 
-def _passed_through(grad: Tensor, x: Tensor, beta: Tensor, ste: Ste) -> Tensor:
-    """g·d(x) as `ResidualQuantise` has it, float32."""
+def _plane_sums(grad: Tensor, x: Tensor, beta: Tensor) -> Tensor:
+    """Σ g·H_i over all of x [K]. The planes are computed again: keeping them is K times the activations of training."""
+    residual, sums = x.float() + 0.0, []
+    plane = torch.empty_like(residual)
+    for i, scale in enumerate(beta):
+        torch.copysign(scale, residual, out=plane)
+        if i < len(beta) - 1:
+            residual.sub_(plane)
+        sums.append(plane.mul_(grad).sum() / scale.squeeze())
+    return torch.stack(sums)
+
+
+def passed_through(grad: Tensor, x: Tensor, beta: Tensor, ste: Ste) -> Tensor:
+    """g·d(x) as `ResidualQuantise` has it."""
     if ste == "identity":
         return grad
     if ste in ("residual", "window"):
         reach = beta.sum(0) + beta[-1] if ste == "residual" else beta.sum(0)
-        return grad * (x.float().abs() <= reach)
+        return x.float().abs().le_(reach).mul_(grad)
     slope = _tanh_slope if ste == "tanh" else _approxsign_slope
-    residual, blocked = x.float() + 0.0, None
+    residual, blocked = x.float() + 0.0, torch.ones((), device=x.device)
     for scale in beta:
-        rest = 1 - slope(residual / scale)
-        blocked = rest if blocked is None else blocked * rest
-        residual = residual - torch.copysign(scale, residual)
-    assert blocked is not None
+        blocked = blocked * (1 - slope(residual / scale))
+        residual -= torch.copysign(scale, residual)
     return grad * (1 - blocked)
 
 
