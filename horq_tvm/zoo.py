@@ -24,28 +24,35 @@ from torch.nn import functional as F
 from horq_tvm.errors import UsageError
 from horq_tvm.nn import HorqConv2d, HorqLinear
 from horq_tvm.nn.options import HorqOptions
-from horq_tvm.nn.quantise import BinaryWeight
+from horq_tvm.nn.quantise import BinaryWeight, balanced
 from horq_tvm.specs import Scale
+from horq_tvm.torch_ops import filter_scales
 
 Order = int | Literal["float", "bw"]
+
+
+def _binary(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """α·B of the layer's latent weights; with gradients in training, in operators that export in eval."""
+    if not layer.training:
+        weight = balanced(layer.weight)
+        alpha = filter_scales(weight).reshape(-1, *[1] * (weight.dim() - 1))
+        return torch.where(weight >= 0, alpha, -alpha)
+    with torch.autocast(layer.weight.device.type, enabled=False):
+        return BinaryWeight.apply(layer.weight, True)
 
 
 class BinaryWeightConv2d(nn.Conv2d):
     """A convolution with α·B for its weights, those of a HORQ layer, and with float activations."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            weight = BinaryWeight.apply(self.weight, True)
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, _binary(self), self.bias)
 
 
 class BinaryWeightLinear(nn.Linear):
     """A dense layer with α·B for its weights, those of a HORQ layer, and with float activations."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            weight = BinaryWeight.apply(self.weight, True)
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, _binary(self), self.bias)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,289 @@
+"""The tables and the plot of docs/accuracy.md, made again from what train.py wrote.
+
+    python examples/accuracy.py [runs/*.json] [--docs docs]
+
+The results named are merged into docs/accuracy.json, the newer one of the same name in place of the older; the tables
+between `<!-- table -->` marks of docs/accuracy.md and the picture docs/accuracy.png follow from that file alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from horq_tvm.errors import HorqError, UsageError
+from horq_tvm.files import replacing
+
+SCALES = ("static", "sample", "patch")
+# Of the dataset's test error in percent. Li et al. 2017, table 1: HORQ is K=2, XNOR K=1.
+PAPER_MNIST = {1: 1.96, 2: 1.25}
+# By so many points below float at most: reported for XNOR and HORQ, and what this project aims at with K=3.
+CIFAR_BOUNDS = {1: 5.0, 2: 2.0, 3: 1.5}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of train.py. Errors and accuracies are of the whole test set, from 0 to 1."""
+
+    name: str
+    dataset: str
+    network: str
+    order: int | str
+    scale: str
+    seed: int
+    epochs: int
+    accuracy: float
+    start: str | None
+    layers: tuple[dict[str, Any], ...]
+    command: str
+    hardware: str
+
+    @property
+    def quantisation_error(self) -> float:
+        """‖X − X̂‖²/‖X‖² of the activations, the mean over the HORQ layers."""
+        return statistics.fmean(layer["activations"] for layer in self.layers)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result as train.py wrote it. Raises HorqError for any other file."""
+    try:
+        found = json.loads(path.read_text())
+        _result(path.stem, found)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise HorqError(f"{path}: found no result of train.py ({type(error).__name__}: {error})") from error
+    return found
+
+
+def _result(name: str, found: dict[str, Any]) -> Result:
+    values = {key: found[key] for key in Result.__dataclass_fields__ if key not in ("name", "layers")}
+    return Result(name, **values, layers=tuple(found["layers"]))
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+
+
+def title(result: Result) -> str:
+    names = {"float": "float", "bw": "binary weights, float activations (K → ∞)"}
+    return names.get(str(result.order), f"HORQ K={result.order}, {result.scale}")
+
+
+def cifar10(results: Sequence[Result]) -> list[str]:
+    """A row a run: accuracy, distance from the float network of the same name, and what it took."""
+    runs = [r for r in results if r.dataset == "cifar10"]
+    ranks = {"float": -2, "bw": -1}
+    runs.sort(key=lambda r: (r.network, r.seed, ranks.get(str(r.order)) or -int(r.order) + 10, SCALES.index(r.scale)))
+    floats = {(r.network, r.seed): r for r in runs if r.order == "float"}
+    by_name = {r.name: r for r in runs}
+    rows = [
+        "| network | layers | accuracy, % | points below float | reported | epochs (with those it started from) |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for run in runs:
+        twin = floats.get((run.network, run.seed))
+        below = f"{100 * (twin.accuracy - run.accuracy):.2f}" if twin and twin is not run else ""
+        bound = f"≤ {CIFAR_BOUNDS[run.order]}" if run.order in CIFAR_BOUNDS else ""
+        passes = f"{run.epochs} ({epochs_in_all(run, by_name)})"
+        cells = (run.network, title(run), f"{100 * run.accuracy:.2f}", below, bound, passes)
+        rows.append(f"| {' | '.join(cells)} |")
+    return [*rows, "", *commands(runs)]
+
+
+def epochs_in_all(run: Result, by_name: dict[str, Result]) -> int:
+    """Its own epochs and those of the checkpoints it goes back to, as far as their results are known."""
+    earlier = by_name.get(Path(run.start).stem) if run.start else None
+    return run.epochs + (epochs_in_all(earlier, by_name) if earlier else 0)
+
+
+def mnist(results: Sequence[Result]) -> list[str]:
+    """A row an order, a column a scale: test errors in percent, mean ± deviation over the seeds."""
+    runs = [r for r in results if r.dataset == "mnist"]
+    rows = [
+        f"| test error, % | {' | '.join(SCALES)} | the paper |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    orders = sorted({r.order for r in runs if isinstance(r.order, int)})
+    for order in orders:
+        cells = [spread([r for r in runs if r.order == order and r.scale == scale]) for scale in SCALES]
+        rows.append(f"| K={order} | {' | '.join(cells)} | {PAPER_MNIST.get(order, '')} |")
+    floats = [r for r in runs if r.order == "float"]
+    if floats:
+        rows.append(f"| float | {spread(floats)} | | | |")
+    return [*rows, "", *commands(runs)]
+
+
+def spread(runs: Sequence[Result]) -> str:
+    """Mean ± sample deviation of the test error in percent, and of how many seeds."""
+    if not runs:
+        return "–"
+    errors = [100 * (1 - r.accuracy) for r in runs]
+    deviation = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
+    return f"{statistics.fmean(errors):.2f}{deviation} ({len(errors)})"
+
+
+def errors(results: Sequence[Result]) -> list[str]:
+    """A row an order, a column a dataset and scale: what the K planes lose of the activations, in percent."""
+    columns = sorted({(r.dataset, r.scale) for r in results if r.layers}, key=lambda c: (c[0], SCALES.index(c[1])))
+    rows = [
+        "| ‖X − X̂‖²/‖X‖², % | " + " | ".join(f"{dataset}, {scale}" for dataset, scale in columns) + " |",
+        "|---|" + "--:|" * len(columns),
+    ]
+    for order in sorted({r.order for r in results if r.layers}):
+        cells = []
+        for column in columns:
+            runs = [r for r in results if r.order == order and (r.dataset, r.scale) == column]
+            cells.append(f"{100 * statistics.fmean(r.quantisation_error for r in runs):.1f}" if runs else "–")
+        rows.append(f"| K={order} | {' | '.join(cells)} |")
+    return rows
+
+
+def commands(runs: Sequence[Result]) -> list[str]:
+    """The commands that made the runs, one for all seeds, and the machines."""
+    lines: dict[str, list[int]] = {}
+    for run in runs:
+        lines.setdefault(re.sub(r"--seed \d+", "--seed SEED", run.command), []).append(run.seed)
+    hardware = sorted({run.hardware for run in runs})
+    texts = [
+        line.replace("SEED", ",".join(map(str, sorted(seeds)))) if len(seeds) == 1 else line + f"  # {_range(seeds)}"
+        for line, seeds in lines.items()
+    ]
+    return [f"On {'; '.join(hardware)}:", "", "```", *texts, "```"] if runs else []
+
+
+def _range(seeds: Sequence[int]) -> str:
+    return f"SEED in {', '.join(map(str, sorted(seeds)))}"
+
+
+TABLES: dict[str, Callable[[Sequence[Result]], list[str]]] = {"cifar10": cifar10, "mnist": mnist, "errors": errors}
+
+
+def with_tables(text: str, results: Sequence[Result]) -> str:
+    """The page with every marked table made anew. Raises UsageError for a mark that is not closed or names no table."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise UsageError(f"found a mark for a table {name!r}; accepted: {', '.join(TABLES)}")
+        # A comment ends at the next blank line: without one, Markdown takes the table for a part of it.
+        return "\n".join([f"<!-- {name} -->", "", *TABLES[name](results), "", f"<!-- /{name} -->"])
+
+    made, count = re.subn(r"<!-- (?P<name>\w+) -->.*?<!-- /(?P=name) -->", table, text, flags=re.S)
+    opened = len(re.findall(r"<!-- \w+ -->", text))
+    if count != opened:
+        raise UsageError(f"found {opened} marks of tables of which {count} are closed by <!-- /NAME -->")
+    return made
+
+
+# --- Picture ----------------------------------------------------------------------------------------------------------
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Accuracy against K on both datasets and quantisation error against K: the two figures of the HORQ talk."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    _draw_cifar10(axes[0], [r for r in results if r.dataset == "cifar10"])
+    _draw_mnist(axes[1], [r for r in results if r.dataset == "mnist"])
+    _draw_errors(axes[2], [r for r in results if r.layers])
+    for axis in axes:
+        axis.set_xlabel("K")
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    # Without the version of matplotlib in it, the picture changes only with the numbers.
+    figure.savefig(path, dpi=90, format="png", metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _by_order(runs: Sequence[Result], value: Callable[[Result], float]) -> tuple[list[int], list[list[float]]]:
+    orders = sorted({r.order for r in runs if isinstance(r.order, int)})
+    return orders, [[value(r) for r in runs if r.order == order] for order in orders]
+
+
+def _draw_cifar10(axis: Any, runs: Sequence[Result]) -> None:
+    axis.set_title("CIFAR-10, test accuracy (%)", fontsize=10)
+    for network in sorted({r.network for r in runs}):
+        own = [r for r in runs if r.network == network]
+        for scale in SCALES:
+            orders, values = _by_order([r for r in own if r.scale == scale], lambda r: 100 * r.accuracy)
+            if orders:
+                axis.plot(orders, [statistics.fmean(v) for v in values], "o-", label=f"{network}, {scale}")
+        for order, label, style in (("float", "float", "--"), ("bw", "binary weights, float activations", ":")):
+            level = [100 * r.accuracy for r in own if r.order == order]
+            if level:
+                axis.axhline(statistics.fmean(level), color="gray", linestyle=style, label=label)
+
+
+def _draw_mnist(axis: Any, runs: Sequence[Result]) -> None:
+    axis.set_title("MNIST, test error (%)", fontsize=10)
+    for i, scale in enumerate(SCALES):
+        orders, values = _by_order([r for r in runs if r.scale == scale], lambda r: 100 * (1 - r.accuracy))
+        if orders:
+            deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+            shifted = [order + 0.05 * (i - 1) for order in orders]
+            axis.errorbar(shifted, [statistics.fmean(v) for v in values], deviations, fmt="o-", capsize=3, label=scale)
+    axis.plot(list(PAPER_MNIST), list(PAPER_MNIST.values()), "kx", label="the paper")
+
+
+def _draw_errors(axis: Any, runs: Sequence[Result]) -> None:
+    axis.set_title("quantisation error ‖X − X̂‖²/‖X‖² (%)", fontsize=10)
+    for dataset in sorted({r.dataset for r in runs}):
+        for scale in SCALES:
+            own = [r for r in runs if (r.dataset, r.scale) == (dataset, scale)]
+            orders, values = _by_order(own, lambda r: 100 * r.quantisation_error)
+            if orders:
+                axis.semilogy(orders, [statistics.fmean(v) for v in values], "o-", label=f"{dataset}, {scale}")
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+def update(paths: Sequence[Path], docs: Path) -> int:
+    """Merge, and make page and picture anew; the number of results there are."""
+    store, page = docs / "accuracy.json", docs / "accuracy.md"
+    if not page.is_file():
+        raise UsageError(f"{page}: there is no such page")
+    known: dict[str, dict[str, Any]] = json.loads(store.read_text()) if store.is_file() else {}
+    known.update((path.stem, read(path)) for path in paths)
+    if not known:
+        raise UsageError(f"found no results: {store} is not there and no file is named")
+    results = [_result(name, found) for name, found in sorted(known.items())]
+    text = with_tables(page.read_text(), results)
+    with replacing(store) as partial:
+        lines = (f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known))
+        partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    with replacing(docs / "accuracy.png") as partial:
+        draw(results, partial)
+    with replacing(page) as partial:
+        partial.write_text(text)
+    return len(results)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="*", help="NAME.json of train.py")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of accuracy.md (default: docs)")
+    given = parser.parse_args()
+    try:
+        count = update(given.results, given.docs)
+    except HorqError as error:
+        print(f"accuracy.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    print(f"{given.docs / 'accuracy.md'}: {count} results")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
