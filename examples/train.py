@@ -160,13 +160,13 @@ class Images:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `write_checkpoint` wrote. Raises HorqError for any other file."""
+    """What a Trainer saved. Raises UsageError for a file that is not there, HorqError for any other file."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such checkpoint") from None
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise HorqError(f"{path}: found no checkpoint of this script: {str(error).splitlines()[0]}") from error
+        raise HorqError(f"{path}: found no checkpoint of this script ({type(error).__name__})") from error
     if not isinstance(found, dict) or not {"settings", "epoch", "model", "optimiser", "history"} <= found.keys():
         raise HorqError(f"{path}: found no checkpoint of this script; accepted: a .pt file that it wrote")
     return found
@@ -446,8 +446,10 @@ def run(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     if zoo.architecture(settings.network).image != tuple(data.train.shape[1:]):
         wanted = list(zoo.architecture(settings.network).image)
         raise UsageError(
-            f"{settings.network} takes images {wanted}; {settings.dataset}'s are {list(data.train.shape[1:])}"
+            f"{settings.network} takes images of {wanted}; {settings.dataset}'s are {list(data.train.shape[1:])}"
         )
+    if settings.batch > len(data):
+        raise UsageError(f"--batch {settings.batch}; accepted: at most the {len(data)} training images")
     trainer = Trainer(settings, Places(given.out, given.start, given.teacher), data)
     steps = len(data) // settings.batch
     columns = (
