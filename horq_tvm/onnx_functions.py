@@ -168,7 +168,9 @@ def _linear(order: int, scale: Scale) -> list[str]:
     last = ["axes = Constant <value_ints: ints = [-1]> ()"]
     all_but_first = [
         "shape_of_input = Shape (X)",
-        "rank = Size (shape_of_input)",
+        # Size would do, but ONNX Runtime infers from it the size of X, and warns of it.
+        "extent_of_shape = Shape (shape_of_input)",
+        "rank = Squeeze (extent_of_shape)",
         "first = Constant <value_int: int = 1> ()",
         "axes = Range (first, rank, first)",
     ]

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from horq_tvm.nn.options import Ste
 from horq_tvm.nn.quantise import passed_through
-from horq_tvm.torch_ops import output_size, pad_zeros
+from horq_tvm.torch_ops import output_size, pad_zeros, sign
 
 # So many values of windows at a time: 2 MB of float32. Half and twice as many are slower.
 _CHUNK_VALUES = 1 << 19
@@ -69,8 +69,8 @@ class _PatchConv2d(torch.autograd.Function):
         betas[0] = first
         filters = weight.to(dtype)
         parts = [
-            F.conv2d(_quantised(part, beta, known=1).to(dtype), filters, None, window.kernel, 0, 1, window.groups)
-            for part, beta in _chunks(image, betas, window)
+            F.conv2d(_quantised(*part, known=1).to(dtype), filters, None, window.kernel, 0, 1, window.groups)
+            for part in _chunks(image, betas, window)
         ]
         ctx.save_for_backward(x, weight, betas)
         ctx.ste, ctx.window = ste, window
@@ -104,8 +104,8 @@ def _first_scales(image: Tensor, window: Window) -> Tensor:
     return by_group.permute(0, 2, 3, 1)[:, :, None, :, None, :, None]
 
 
-def _chunks(image: Tensor, betas: Tensor, window: Window) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some images at a time: the windows as a view [n,HO,kh,WO,kw,G,C/g], and their part of betas[K,N,...]."""
+def _chunks(image: Tensor, betas: Tensor, window: Window) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Some images at a time: the windows and their signs as views [n,HO,kh,WO,kw,G,C/g], and their part of betas."""
     _, _, outputs_down, _, outputs_across, *_ = betas.shape
     channels = image.shape[3]
     (kernel_down, kernel_across), groups = window.kernel, window.groups
@@ -114,18 +114,17 @@ def _chunks(image: Tensor, betas: Tensor, window: Window) -> Iterator[tuple[Tens
     (down, across), (spread_down, spread_across) = window.stride, window.dilation
     steps = (batch, row * down, row * spread_down, column * across, column * spread_across, channels // groups, 1)
     count = max(1, _CHUNK_VALUES // torch.Size(shape).numel())
-    for start in range(0, len(image), count):
-        part = image[start : start + count]
-        yield part.as_strided((len(part), *shape), steps), betas[:, start : start + count]
+    for part, signs, beta in zip(image.split(count), sign(image).split(count), betas.split(count, 1), strict=True):
+        yield part.as_strided((len(part), *shape), steps), signs.as_strided((len(part), *shape), steps), beta
 
 
-def _quantised(windows: Tensor, betas: Tensor, known: int) -> Tensor:
+def _quantised(windows: Tensor, signs: Tensor, betas: Tensor, known: int) -> Tensor:
     """X̂ of windows [n,HO,kh,WO,kw,G,C/g] with betas[K,n,HO,1,WO,1,G,1], as an image [n,C,HO·kh,WO·kw].
 
     The first `known` of the betas are read, the others are computed and written.
     """
     total = torch.empty(windows.shape, device=windows.device)
-    torch.copysign(betas[0], windows, out=total)
+    torch.mul(betas[0], signs, out=total)  # a quarter of copysign's time
     if len(betas) > 1:
         residual, plane = windows - total, torch.empty_like(total)
         for i, scale in enumerate(betas[1:], start=1):
@@ -141,11 +140,11 @@ def _quantised(windows: Tensor, betas: Tensor, known: int) -> Tensor:
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, betas: Tensor, window: Window) -> Tensor:
     """Σ g·X̂ over all windows, which are quantised once more."""
     total, start = torch.zeros_like(weight), 0
-    for part, beta in _chunks(_padded_image(x, window), betas, window):
-        quantised = _quantised(part, beta, known=len(betas)).to(grad.dtype)
-        g = grad[start : start + len(part)]
+    for part in _chunks(_padded_image(x, window), betas, window):
+        quantised = _quantised(*part, known=len(betas)).to(grad.dtype)
+        g = grad[start : start + len(quantised)]
         total += torch.nn.grad.conv2d_weight(quantised, weight.shape, g, window.kernel, 0, 1, window.groups)
-        start += len(part)
+        start += len(quantised)
     return total
 
 
