@@ -1,0 +1,62 @@
+"""The training benchmark on the smallest network: a record a variant, and steps that learn."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import training
+from horq_tvm import zoo
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_records(capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["--network", "mnist", "--orders", "1,2", "--batch", "2", "--seconds", "0.01", "--json", "-"]
+    assert training.main(call) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [(r["order"], r["scale"]) for r in records] == [
+        ("float", None),
+        ("bw", None),
+        *((order, scale) for order in (1, 2) for scale in ("patch", "sample", "static")),
+    ]
+    assert all(0 < r["min_ms"] <= r["median_ms"] and r["threads"] == 1 and r["batch"] == 2 for r in records)
+
+
+def test_table_divides_by_float() -> None:
+    common = {"batch": 50, "scale": None}
+    records = [
+        {**common, "order": "float", "median_ms": 100.0},
+        {**common, "order": 2, "scale": "patch", "median_ms": 250.0},
+    ]
+    assert training.table(records).splitlines()[2:] == [
+        "| float | 100 | 1.00 | 500 |",
+        "| K=2, patch | 250 | 2.50 | 200 |",
+    ]
+
+
+def test_a_step_moves_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+    build = zoo.build
+    monkeypatch.setattr(zoo, "build", lambda *call: models.append(build(*call)) or models[0])
+    step = training.step("mnist", 2, "static", 4, bf16=False)
+    before = {name: value.clone() for name, value in models[0].named_parameters()}
+    step()
+    assert all(not torch.equal(before[name], value) for name, value in models[0].named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (["--orders", "0"], "benchmarks.training: order 0; accepted are 1 to 8"),
+        (["--network", "lenet"], "benchmarks.training: network 'lenet'; accepted: mnist"),
+    ],
+)
+def test_mistakes(call: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert training.main([*call, "--json", "-"]) == 2
+    assert capsys.readouterr().err.startswith(message)
