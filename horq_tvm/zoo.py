@@ -13,6 +13,7 @@ and last layers, and the 1×1 convolutions that widen a shortcut, stay float as 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -99,99 +100,101 @@ class Block(nn.Module):
         return self.shortcut(x) + self.act(self.conv(self.norm(x)))
 
 
-class Head(nn.Sequential):
-    """BN, ReLU, the mean over the image, and a float classifier: [N,C,H,W] → [N,classes]."""
-
-    def __init__(self, channels: int, classes: int) -> None:
-        super().__init__(
-            nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
-        )
+def _named(**layers: nn.Module) -> nn.Sequential:
+    """The layers one behind the other, by the names that plans and reports then call them."""
+    return nn.Sequential(OrderedDict(layers))
 
 
 def _stem(channels: int, filters: int, kernel: int, stride: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(channels, filters, kernel, stride, kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(filters), nn.ReLU())
+    return _named(conv=conv, norm=nn.BatchNorm2d(filters), act=nn.ReLU())
 
 
-def _stages(layers: Layers, widths: tuple[int, ...], convolutions: int) -> nn.Sequential:
-    """Stages of so many blocks each, of which all but the first halve the image at their start."""
-    blocks, channels = [], widths[0]
+def _stages(layers: Layers, widths: tuple[int, ...], convolutions: int) -> dict[str, nn.Module]:
+    """layer1, layer2, ... of so many blocks each, of which all but the first halve the image at their start."""
+    stages: dict[str, nn.Module] = {}
     for stage, filters in enumerate(widths):
-        for i in range(convolutions):
-            blocks.append(Block(layers, channels, filters, 2 if stage and not i else 1))
-            channels = filters
-    return nn.Sequential(*blocks)
+        first = Block(layers, widths[max(0, stage - 1)], filters, 2 if stage else 1)
+        rest = (Block(layers, filters, filters) for _ in range(convolutions - 1))
+        stages[f"layer{stage + 1}"] = nn.Sequential(first, *rest)
+    return stages
 
 
-def mnist(layers: Layers, classes: int = 10) -> nn.Sequential:
+def _classifier(channels: int, classes: int) -> dict[str, nn.Module]:
+    """BN, ReLU, the mean over the image, and a float dense layer: [N,C,H,W] → [N,classes]."""
+    return {
+        "norm": nn.BatchNorm2d(channels),
+        "act": nn.ReLU(),
+        "pool": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(),
+        "head": nn.Linear(channels, classes),
+    }
+
+
+def mnist(layers: Layers, classes: int = 10) -> nn.Module:
     """[N,1,28,28] → [N,10]: float 5×5 stem, HORQ 3×3 convolution and dense layer, float head.
 
     What Li et al. 2017 trained on MNIST is not told in layers. This is LeNet-5's shape with strides for its pools and
     widths that fill words of 32 bits.
     """
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 5, 2, bias=False),
-        nn.BatchNorm2d(32),
-        layers.conv(32, 64, 3, stride=2, padding=1),
-        nn.PReLU(64),
-        nn.Flatten(),
-        nn.BatchNorm1d(64 * 6 * 6),
-        layers.linear(64 * 6 * 6, 256),
-        nn.PReLU(256),
-        nn.BatchNorm1d(256),
-        nn.Linear(256, classes),
+    return _named(
+        stem=nn.Conv2d(1, 32, 5, 2, bias=False),
+        norm1=nn.BatchNorm2d(32),
+        conv=layers.conv(32, 64, 3, stride=2, padding=1),
+        act1=nn.PReLU(64),
+        flatten=nn.Flatten(),
+        norm2=nn.BatchNorm1d(64 * 6 * 6),
+        dense=layers.linear(64 * 6 * 6, 256),
+        act2=nn.PReLU(256),
+        norm3=nn.BatchNorm1d(256),
+        head=nn.Linear(256, classes),
     )
 
 
-def vgg_small(layers: Layers, classes: int = 10) -> nn.Sequential:
+def vgg_small(layers: Layers, classes: int = 10) -> nn.Module:
     """[N,3,32,32] → [N,10]: convolutions of 2×128, 2×256 and 2×512 filters, the first float (LQ-Net); no shortcuts."""
-    body: list[nn.Module] = [nn.Conv2d(3, 128, 3, padding=1, bias=False), nn.PReLU(128)]
+    body: dict[str, nn.Module] = {"stem": nn.Conv2d(3, 128, 3, padding=1, bias=False), "act1": nn.PReLU(128)}
     channels = 128
-    for filters, pool in ((128, True), (256, False), (256, True), (512, False), (512, True)):
-        body += [nn.BatchNorm2d(channels), layers.conv(channels, filters, 3, padding=1), nn.PReLU(filters)]
-        body += [nn.MaxPool2d(2)] if pool else []
+    for i, (filters, pool) in enumerate(((128, True), (256, False), (256, True), (512, False), (512, True)), start=2):
+        body[f"norm{i}"] = nn.BatchNorm2d(channels)
+        body[f"conv{i}"] = layers.conv(channels, filters, 3, padding=1)
+        body[f"act{i}"] = nn.PReLU(filters)
+        if pool:
+            body[f"pool{i}"] = nn.MaxPool2d(2)
         channels = filters
-    return nn.Sequential(*body, nn.BatchNorm2d(512), nn.Flatten(), nn.Linear(512 * 4 * 4, classes))
+    return _named(**body, norm=nn.BatchNorm2d(512), flatten=nn.Flatten(), head=nn.Linear(512 * 4 * 4, classes))
 
 
-def resnet20(layers: Layers, classes: int = 10) -> nn.Sequential:
+def resnet20(layers: Layers, classes: int = 10) -> nn.Module:
     """[N,3,32,32] → [N,10]: 18 convolutions of 16, 32 and 64 channels (He et al. 2016), a shortcut around each."""
-    return nn.Sequential(_stem(3, 16, 3), _stages(layers, (16, 32, 64), 6), Head(64, classes))
+    return _named(stem=_stem(3, 16, 3), **_stages(layers, (16, 32, 64), 6), **_classifier(64, classes))
 
 
-def resnet18(layers: Layers, classes: int = 1000) -> nn.Sequential:
+def resnet18(layers: Layers, classes: int = 1000) -> nn.Module:
     """[N,3,224,224] → [N,1000]: 16 convolutions of 64 to 512 channels (He et al. 2016), a shortcut around each."""
-    stem = nn.Sequential(*_stem(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1))
-    return nn.Sequential(stem, _stages(layers, (64, 128, 256, 512), 4), Head(512, classes))
+    stem = {"stem": _stem(3, 64, 7, 2), "maxpool": nn.MaxPool2d(3, 2, 1)}
+    return _named(**stem, **_stages(layers, (64, 128, 256, 512), 4), **_classifier(512, classes))
 
 
-class QuickNet(nn.Module):
+def quicknet(layers: Layers, classes: int = 1000) -> nn.Module:
     """[N,3,224,224] → [N,1000]: after Larq's QuickNet (Bannink et al. 2021), with the block of the other networks.
 
-    The stem reduces the image by 4 at little cost (3×3 to 8 channels, depthwise, 1×1); between sections a max pool and
-    a 1×1 float convolution take the place of Larq's blur pool.
+    The stem reduces the image by 4 at little cost (3×3 to 8 channels, depthwise, 1×1); between sections of four blocks
+    a max pool and a 1×1 float convolution take the place of Larq's blur pool.
     """
-
-    def __init__(self, layers: Layers, classes: int = 1000, widths: tuple[int, ...] = (64, 128, 256, 512)) -> None:
-        super().__init__()
-        depthwise = nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False)
-        widen = nn.Conv2d(8, widths[0], 1, bias=False)
-        self.stem = nn.Sequential(*_stem(3, 8, 3, 2), depthwise, nn.BatchNorm2d(8), widen, nn.BatchNorm2d(widths[0]))
-        sections: list[nn.Module] = []
-        for i, width in enumerate(widths):
-            sections += [_transition(widths[i - 1], width)] if i else []
-            sections += [Block(layers, width, width) for _ in range(4)]
-        self.sections = nn.Sequential(*sections)
-        self.head = Head(widths[-1], classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.sections(self.stem(x)))
+    reduce = nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False)
+    body: dict[str, nn.Module] = {"stem": _stem(3, 8, 3, 2), "reduce": reduce, "norm1": nn.BatchNorm2d(8)}
+    channels = 8
+    for i, width in enumerate((64, 128, 256, 512), start=1):
+        body[f"transition{i}"] = _transition(channels, width, pool=i > 1)
+        body[f"section{i}"] = nn.Sequential(*(Block(layers, width, width) for _ in range(4)))
+        channels = width
+    return _named(**body, **_classifier(512, classes))
 
 
-def _transition(channels: int, filters: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(channels, filters, 1, bias=False), nn.BatchNorm2d(filters)
-    )
+def _transition(channels: int, filters: int, pool: bool) -> nn.Sequential:
+    widen = {"conv": nn.Conv2d(channels, filters, 1, bias=False), "norm": nn.BatchNorm2d(filters)}
+    return _named(act=nn.ReLU(), pool=nn.MaxPool2d(3, 2, 1), **widen) if pool else _named(**widen)
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,7 @@ NETWORKS = {
     "vgg_small": Architecture(vgg_small, (3, 32, 32), 10),
     "resnet20": Architecture(resnet20, (3, 32, 32), 10),
     "resnet18": Architecture(resnet18, (3, 224, 224), 1000),
-    "quicknet": Architecture(QuickNet, (3, 224, 224), 1000),
+    "quicknet": Architecture(quicknet, (3, 224, 224), 1000),
 }
 
 
