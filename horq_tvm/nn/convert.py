@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -46,27 +46,27 @@ def convert(
     """
     options = HorqOptions(order, scale, ste, beta, balance)
     converted = copy.deepcopy(model)
-    modules = dict(converted.named_modules(remove_duplicate=False))
-    layers = {name: module for name, module in modules.items() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    layers = {name: layer for name, layer in converted.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
     unknown = sorted(set(skip) - layers.keys())
     if unknown:
         raise UsageError(f"skip: no layer {', '.join(unknown)} in the model; there are {', '.join(layers) or 'none'}")
     roles = layer_roles(converted, example_inputs) if layers else {}
-    reasons = {name: _reason_to_stay_float(name, layer, roles.get(name), skip) for name, layer in layers.items()}
+    reasons = {name: _reason_to_stay_float(name, layer, roles.get(layer), skip) for name, layer in layers.items()}
     chosen = [name for name, reason in reasons.items() if reason is None]
     if not chosen:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UsageError(f"{type(model).__name__} has nothing to convert: {listed or 'no nn.Conv2d and no nn.Linear'}")
-    swapped: dict[nn.Module, HorqLayer] = {}
-    for name in chosen:
-        layer = layers[name]
-        swapped.setdefault(layer, _horq_layer(layer, options))
-        parent, _, attribute = name.rpartition(".")
-        if not parent and not attribute:
-            return swapped[layer]
-        setattr(modules[parent], attribute, swapped[layer])
-    _warn_of_relus([name for name in chosen if roles[name].after_relu])
+    _swap(converted, {layers[name]: _horq_layer(layers[name], options) for name in chosen})
+    _warn_of_relus([name for name in chosen if roles[layers[name]].after_relu])
     return converted
+
+
+def _swap(model: nn.Module, swapped: Mapping[nn.Module, HorqLayer]) -> None:
+    """Put the new layers where the old ones are, in every place where a shared one is."""
+    for parent in list(model.modules()):
+        for attribute, child in list(parent._modules.items()):  # named_children leaves out a second name
+            if child in swapped:
+                setattr(parent, attribute, swapped[child])
 
 
 def _reason_to_stay_float(name: str, layer: nn.Module, role: Role | None, skip: Collection[str]) -> str | None:

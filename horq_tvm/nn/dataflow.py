@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from horq_tvm.errors import UsageError
+from horq_tvm.nn.activations import RPReLU, RSign
 from horq_tvm.nn.layers import HorqLayer
 
 # Operators by name, whichever form a trace has them in: a module's class, a function, a method, an ATen operator.
@@ -23,6 +24,8 @@ _LAYER_MODULES = (
     HorqLayer,
 )
 _NEVER_NEGATIVE = {"relu", "relu_", "relu6", "hardsigmoid", "sigmoid", "softplus", "softmax", "abs", "square", "exp"}
+# Nor these, if their least value, the second argument, is not.
+_CLIPPED = {"clamp", "clamp_", "clamp_min", "clip", "hardtanh", "hardtanh_"}
 # What is not negative stays so through these.
 _SIGN_KEPT = {
     *("maxpool1d", "maxpool2d", "max_pool1d", "max_pool2d", "max_pool1d_with_indices", "max_pool2d_with_indices"),
@@ -50,20 +53,21 @@ class Role:
 
 @dataclass(frozen=True)
 class _Step:
-    """A node of a trace: the operator's name in lower case, and for a layer the qualified name of its module."""
+    """A node of a trace: its operator's name in lower case, the module it belongs to, the least value it clips to."""
 
     node: fx.Node
     op: str
-    is_layer: bool
-    module: str | None
+    is_layer: bool = False
+    module: nn.Module | None = None
+    least: float | None = None
 
     @property
     def sources(self) -> list[fx.Node]:
         return self.node.all_input_nodes
 
 
-def layer_roles(model: nn.Module, example_inputs: Tensor | Sequence[Tensor] | None = None) -> dict[str, Role]:
-    """The role of every layer module that forward calls, by qualified name.
+def layer_roles(model: nn.Module, example_inputs: Tensor | Sequence[Tensor] | None = None) -> dict[nn.Module, Role]:
+    """The role of every layer module that forward calls.
 
     A module that is called more than once reads the input, feeds the output or follows a ReLU if any of its calls does.
     Traced by `torch.export` if example inputs are given, else by `torch.fx`. UsageError where that fails.
@@ -72,7 +76,7 @@ def layer_roles(model: nn.Module, example_inputs: Tensor | Sequence[Tensor] | No
     inputs = _reached_by_inputs(steps)
     outputs = _reaching_outputs(steps)
     positive = _never_negative(steps)
-    roles: dict[str, Role] = {}
+    roles: dict[nn.Module, Role] = {}
     for step in steps:
         if step.is_layer and step.module is not None:
             before = roles.get(step.module, Role(False, False, False))
@@ -110,7 +114,9 @@ def _never_negative(steps: Sequence[_Step]) -> set[fx.Node]:
     positive: set[fx.Node] = set()
     for step in steps:
         kept = step.op in _SIGN_KEPT or (step.op in _ARITHMETIC and not _has_negative_number(step.node))
-        if step.op in _NEVER_NEGATIVE or (kept and step.sources and all(source in positive for source in step.sources)):
+        kept = kept and step.sources and all(source in positive for source in step.sources)
+        clipped = step.least is not None and step.least >= 0
+        if kept or clipped or step.op in _NEVER_NEGATIVE:
             positive.add(step.node)
     return positive
 
@@ -123,8 +129,10 @@ def _has_negative_number(node: fx.Node) -> bool:
 
 
 class _Tracer(fx.Tracer):
+    """Layers and the activations of `horq_tvm.nn` are one node each."""
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, _LAYER_MODULES) or super().is_leaf_module(module, qualified_name)
+        return isinstance(module, (*_LAYER_MODULES, RSign, RPReLU)) or super().is_leaf_module(module, qualified_name)
 
 
 def _traced(model: nn.Module) -> list[_Step]:
@@ -142,13 +150,12 @@ def _traced(model: nn.Module) -> list[_Step]:
     for node in graph.nodes:
         if node.op == "call_module":
             module = modules[node.target]
-            is_layer = isinstance(module, _LAYER_MODULES)
-            steps.append(_Step(node, type(module).__name__.lower(), is_layer, node.target if is_layer else None))
+            least = module.min_val if isinstance(module, nn.Hardtanh) else None
+            steps.append(_Step(node, type(module).__name__.lower(), isinstance(module, _LAYER_MODULES), module, least))
         elif node.op in ("call_function", "call_method"):
-            op = _op_name(node.target)
-            steps.append(_Step(node, op, op in _LAYERS, None))
+            steps.append(_call(node, None))
         elif node.op in ("placeholder", "output"):
-            steps.append(_Step(node, "input" if node.op == "placeholder" else "output", False, None))
+            steps.append(_Step(node, "input" if node.op == "placeholder" else "output"))
     return steps
 
 
@@ -166,15 +173,24 @@ def _exported(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> li
             module.training = training
     signature = program.graph_signature
     user_inputs = set(signature.user_inputs)
+    modules = dict(model.named_modules(remove_duplicate=False))
     steps = []
     for node in program.graph.nodes:
         if node.op == "call_function":
-            op = _op_name(node.target)
-            stack = list(node.meta.get("nn_module_stack", {}).values())
-            steps.append(_Step(node, op, op in _LAYERS, stack[-1][0] if stack else None))
+            # The second call of a module is told from the first by "@1" behind its name.
+            stack = [path.partition("@")[0] for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            steps.append(_call(node, modules.get(stack[-1]) if stack else None))
         elif node.op == "output" or node.name in user_inputs:
-            steps.append(_Step(node, "input" if node.op == "placeholder" else "output", False, None))
+            steps.append(_Step(node, "input" if node.op == "placeholder" else "output"))
     return steps
+
+
+def _call(node: fx.Node, module: nn.Module | None) -> _Step:
+    """A call of a function, in the forward of `module` where that is known."""
+    op = _op_name(node.target)
+    bound = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", node.kwargs.get("min_val"))
+    least = bound if op in _CLIPPED and isinstance(bound, (int, float)) else None
+    return _Step(node, op, op in _LAYERS, module, least)
 
 
 def _op_name(target: str | Callable[..., Any]) -> str:

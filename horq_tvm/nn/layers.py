@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from horq_tvm.errors import UsageError
-from horq_tvm.nn.options import Beta, HorqOptions, Ste, integers
+from horq_tvm.nn.options import Beta, HorqOptions, Ste, pair, sides
 from horq_tvm.nn.patch import Window, patch_conv2d
 from horq_tvm.nn.quantise import (
     MIN_BETA,
@@ -219,13 +219,13 @@ class HorqConv2d(HorqLayer):
         options = HorqOptions(order, scale, ste, beta, balance)
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise UsageError(f"groups={groups} does not divide {in_channels} and {out_channels} channels")
-        kernel = integers("kernel_size", kernel_size, (2,), least=1)
+        kernel = pair("kernel_size", kernel_size)
         super().__init__((out_channels, in_channels // groups, *kernel), bias, options)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = kernel
-        self.stride = integers("stride", stride, (2,), least=1)
-        self.padding = integers("padding", padding, (2, 4), least=0)
-        self.dilation = integers("dilation", dilation, (2,), least=1)
+        self.stride = pair("stride", stride)
+        self.padding = sides("padding", padding)
+        self.dilation = pair("dilation", dilation)
 
     def _train(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.scale == "patch":

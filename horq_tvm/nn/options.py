@@ -34,13 +34,22 @@ class HorqOptions:
                 raise UsageError(f"{name} {found!r}; accepted are {', '.join(accepted)}")
 
 
-def integers(name: str, value: int | Sequence[int], lengths: tuple[int, ...], least: int) -> tuple[int, ...]:
-    """`value` as a tuple of the greatest of `lengths`: one int stands for all, a pair for (vertical, horizontal)."""
-    full = max(lengths)
-    values = (value,) * full if isinstance(value, int) else tuple(value)
-    if len(values) not in (*lengths, full) or any(not isinstance(v, int) or v < least for v in values):
-        raise UsageError(
-            f"{name}={value!r}; accepted: an int or {' or '.join(map(str, lengths))} ints, each >= {least}"
-        )
-    # (top, left, bottom, right) of (vertical, horizontal)
-    return values * (full // len(values))
+def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """(vertical, horizontal), each at least 1; one int stands for both."""
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) != 2 or not _all_from(1, values):
+        raise UsageError(f"{name}={value!r}; accepted: an int or 2 ints, each >= 1")
+    return values[0], values[1]
+
+
+def sides(name: str, value: int | Sequence[int]) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right), each at least 0, of one int, of (vertical, horizontal), or of all four."""
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) not in (2, 4) or not _all_from(0, values):
+        raise UsageError(f"{name}={value!r}; accepted: an int or 2 or 4 ints, each >= 0")
+    top, left, bottom, right = values * (4 // len(values))
+    return top, left, bottom, right
+
+
+def _all_from(least: int, values: Sequence[int]) -> bool:
+    return all(isinstance(value, int) and value >= least for value in values)

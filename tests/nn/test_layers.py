@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 
 from horq_tvm import reference
 from horq_tvm.errors import UsageError
-from horq_tvm.nn import MIN_BETA, HorqConv2d, HorqLayer, freeze
-from horq_tvm.specs import SCALES
+from horq_tvm.nn import MIN_BETA, HorqConv2d, HorqLayer, HorqLinear, freeze
+from horq_tvm.nn.options import Beta
+from horq_tvm.specs import SCALES, Scale
 from horq_tvm.torch_ops import filter_scales, horq_conv2d, horq_linear, planes_of, residual_scales
 from tests.networks import binary_weight
 
@@ -128,11 +130,86 @@ def test_sums_are_exact_integers(drawn: tuple[HorqConv2d, Tensor]) -> None:
 def test_training_computes_what_eval_does(drawn: tuple[HorqConv2d, Tensor]) -> None:
     layer, x = drawn
     with torch.no_grad():
-        torch.testing.assert_close(layer.train()(x), layer.eval()(x), rtol=1e-5, atol=1e-4)
+        trained, inferred = layer.train()(x), layer.eval()(x)
+    clear = torch.from_numpy(~_reference(layer, x).doubtful)
+    torch.testing.assert_close(trained[clear], inferred[clear], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("shape", [(40,), (4, 40), (2, 3, 40), (2, 3, 2, 40)])
+def test_dense_layer_is_the_reference_in_training_and_eval(scale: Scale, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layer, x = HorqLinear(40, 7, bias=True, order=3, scale=scale), _random(*shape)
+    nn.init.normal_(layer.bias)
+    trained = layer.train()(x)
+    weight, alpha = binary_weight(layer)
+    beta = None if layer.beta is None else layer.beta.detach().numpy()
+    bias = layer.bias.detach().numpy()
+    expected = reference.dense(x.numpy(), weight, alpha, beta, bias, order=3, scale=scale)
+    with torch.no_grad():
+        y = layer.eval()(x).numpy()
+    assert y.shape == expected.output.shape == trained.shape
+    assert not expected.doubtful.all()
+    assert not np.any((np.abs(y - expected.output) > expected.tolerance) & ~expected.doubtful)
+    clear = ~expected.doubtful
+    np.testing.assert_allclose(trained.detach().numpy()[clear], y[clear], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_dense_layer_of_one_pixel_is_the_convolution(scale: Scale) -> None:
+    torch.manual_seed(0)
+    dense, conv = HorqLinear(20, 6, order=2, scale=scale), HorqConv2d(20, 6, 1, order=2, scale=scale)
+    conv.weight.data.copy_(dense.weight.data[..., None, None])
+    rows, gradients = _random(5, 20, scale=1.5), []
+    for layer, x in ((dense, rows), (conv, rows[..., None, None])):
+        x = x.clone().requires_grad_()
+        layer.train()(x).square().sum().backward()
+        gradients.append([g.flatten() for g in (x.grad, *(p.grad for p in layer.parameters()))])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("kind", ["conv", "dense"])
+def test_autocast_rounds_the_products_alone(scale: Scale, kind: str) -> None:
+    torch.manual_seed(0)
+    layer = HorqConv2d(16, 8, 3, padding=1, scale=scale) if kind == "conv" else HorqLinear(16, 8, scale=scale)
+    x = _random(4, 16, 6, 6) if kind == "conv" else _random(4, 16)
+    plain = layer(x)
+    beta = None if layer.beta is None else layer.beta.detach().clone()
+    for fed in (x, x.bfloat16()):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(fed)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (layer(x).float() - plain).abs().max() <= 0.02 * plain.abs().max()
+    if beta is not None:
+        assert torch.equal(layer.beta.detach(), beta)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_input_that_is_not_finite_is_named(scale: Scale, mode: str, value: float) -> None:
+    """Its sign would be a number like any other."""
+    x = _random(2, 4, 5, 5)
+    layer = _fitted(HorqConv2d(4, 3, 3, scale=scale), x).train(mode == "train")
+    x[1, 2, 3, 4] = value
+    with pytest.raises(UsageError, match="input of a HORQ layer holds 1 NaN or infinite values; accepted: finite"):
+        layer(x)
+
+
+def test_numbers_whose_sum_overflows_are_finite() -> None:
+    layer = HorqConv2d(4, 3, 3, scale="sample").eval()
+    with torch.no_grad():
+        assert layer(torch.full((1, 4, 3, 3), 3e38)).shape == (1, 3, 1, 1)
 
 
 @pytest.mark.parametrize("scale", ["sample", "static"])
-@pytest.mark.parametrize("shape", [(4, 40), (2, 3, 40)])
+@pytest.mark.parametrize("shape", [(40,), (4, 40), (2, 3, 40)])
 def test_linear_is_the_reference(scale: str, shape: tuple[int, ...]) -> None:
     x, weight, bias = _random(*shape), _random(7, 40, seed=1), _random(7, seed=2)
     binary, alpha = reference.binarize_weights(weight.numpy())
@@ -306,6 +383,20 @@ def test_state_dict_round_trip(scale: str) -> None:
         assert torch.equal(other.train()(5 * x), layer.train()(5 * x))
 
 
+@pytest.mark.parametrize("mode", ["learned", "running"])
+def test_running_scales_follow_the_batches_and_learned_ones_do_not(mode: Beta) -> None:
+    torch.manual_seed(0)
+    layer = HorqConv2d(4, 3, 3, scale="static", beta=mode)
+    for step in range(60):
+        layer.train()(_random(4, 4, 8, 8, seed=step, scale=1.0 if step == 0 else 3.0))
+    once, thrice = (HorqConv2d(4, 3, 3, scale="static") for _ in range(2))
+    once(_random(4, 4, 8, 8, seed=0))
+    thrice(_random(64, 4, 8, 8, seed=1, scale=3.0))
+    followed = thrice if mode == "running" else once
+    torch.testing.assert_close(layer.beta.detach(), followed.beta.detach(), rtol=0.1, atol=0)
+    assert layer.beta.requires_grad == (mode == "learned")
+
+
 def test_beta_that_was_never_fitted_loads_as_such() -> None:
     layer = HorqConv2d(4, 3, 3, scale="static")
     layer.load_state_dict(HorqConv2d(4, 3, 3, scale="static").state_dict())
@@ -408,7 +499,11 @@ def test_operator_names_a_mistake(changed: dict[str, Any], message: str) -> None
         ({"stride": (1, 2, 3, 4)}, "stride"),
         ({"groups": 3}, "groups=3 does not divide"),
         ({"order": 100}, "order 100"),
-        ({"scale": "image"}, "scale 'image'"),
+        ({"scale": "image"}, "scale 'image'; accepted are patch, sample, static"),
+        ({"order": 0}, "order 0; accepted are 1 to 8"),
+        ({"order": 1.5}, "order 1.5; accepted are 1 to 8"),
+        ({"ste": "hard"}, "ste 'hard'; accepted are residual, window, approxsign, tanh, identity"),
+        ({"beta": "fixed"}, "beta 'fixed'; accepted are learned, running"),
     ],
 )
 def test_layer_names_a_mistake(arguments: dict[str, Any], message: str) -> None:
