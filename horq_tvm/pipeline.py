@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 import tvm
 from tvm import relax
 
+from .ops.int8 import Activation
 from .relay_passes.fold_affine import FoldAffine
 from .relay_passes.fold_constant_plane import FoldConstantPlane
 from .relay_passes.fuse_epilogue import FuseEpilogue
 from .relay_passes.name_layers import NameLayers
+from .relay_passes.pack_int8 import Int8Target, PackInt8
 from .relay_passes.pack_weights import PackWeights
+from .relay_passes.quantize_rest import QuantizeRest
 from .relay_passes.rewrite_layers import RewriteLayers
 from .relay_passes.schedule_kernels import ScheduleKernels
 from .relay_passes.sink_reshapes import SinkReshapes
 from .relay_passes.to_nhwc import ToNHWC
-from .schedules import layout, tile
+from .schedules import int8, layout, tile
 from .schedules.legalize import LEGALIZE
 from .specs import LayerConfig
 from .targets import Target
@@ -41,12 +44,22 @@ def rewrite(configs: Mapping[str, LayerConfig], taps: Sequence[str] = ()) -> tvm
     )
 
 
+def quantize_rest(activations: Mapping[str, Activation]) -> tvm.transform.Pass:
+    """Float layers whose inputs were calibrated as int8 layers."""
+    return tvm.transform.Sequential([QuantizeRest(activations)], name="quantize_rest")
+
+
 def optimise(target: Target) -> tvm.transform.Pass:
     """Constants in the target's layout, each anchor grouped with its epilogue and the next layer's binarisation."""
+
+    def lanes(filters: int, groups: int) -> int:
+        return tile.lanes(filters, groups, target.vector_bits)
+
     return tvm.transform.Sequential(
         [
+            PackInt8(Int8Target(int8.style(target), lanes, target.vector_bits // 32)),
             PackWeights(
-                lambda filters, groups: tile.lanes(filters, groups, target.vector_bits),
+                lanes,
                 lambda filters, groups, row: layout.bitserial(target, filters, groups, row),
             ),
             SinkReshapes(),

@@ -19,11 +19,12 @@ ANCHORS = frozenset(
         "horq.packed_bitserial",
         "horq.packed_conv2d",
         "horq.packed_depthwise",
+        "horq.packed_int8",
         "relax.nn.avg_pool2d",
         "relax.nn.max_pool2d",
     }
 )
-TILED = frozenset({"horq.packed_bitserial", "horq.packed_conv2d"})
+TILED = frozenset({"horq.packed_bitserial", "horq.packed_conv2d", "horq.packed_int8"})
 _RELAX = """
     abs add clip cos divide equal erf exp floor greater greater_equal less less_equal log maximum minimum multiply
     negative nn.gelu nn.gelu_tanh nn.leakyrelu nn.prelu nn.relu nn.silu power round rsqrt sigmoid sign sin sqrt square

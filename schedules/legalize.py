@@ -10,8 +10,10 @@ from tvm.ir import Op
 from tvm.relax import BlockBuilder
 
 from horq_tvm.ops import Geometry, shape_of
+from horq_tvm.ops.int8 import activation_of, rows_of, style_of
 
 from . import conv2d as float_conv
+from . import int8
 from .binarize import Binarization, binarize
 from .bitserial import Bitserial, bitserial, from_counts
 from .nibble import Shapes, count
@@ -123,6 +125,43 @@ def _packed_depthwise(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
     )
 
 
+def _quantize(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+    (x,) = call.args
+    spec = int8.Quantisation(
+        shape_of(x),
+        bool(call.attrs["planar"]),
+        activation_of(call.attrs),
+        rows_of(call.attrs),
+        Geometry.of(call.attrs),
+        style_of(call.attrs),
+        int(call.attrs["lanes"]),
+    )
+    image = builder.emit(relax.op.reshape(x, spec.image))
+    return relax.call_tir(builder.add_func(int8.quantise(spec), "quantize"), [image], out_ty=call.ty)
+
+
+def _packed_int8(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+    """The exact sums from a kernel in TensorIR, the factor from te, so that the epilogue follows."""
+    elements, weight, start, factor = call.args
+    height, width = (int(e) for e in call.attrs["output"])
+    spec = int8.Dot(
+        shape_of(elements),
+        shape_of(weight),
+        rows_of(call.attrs),
+        Geometry.of(call.attrs),
+        (height, width),
+        style_of(call.attrs),
+    )
+    kernel = builder.add_func(int8.dot(spec), "dot")
+    sums = relax.call_tir(kernel, [elements, weight, start], relax.TensorType(spec.sums, "int32"))
+    return builder.call_te(
+        lambda s, f: int8.from_sums(s, f, int(call.attrs["channels"])),
+        builder.emit(sums),
+        factor,
+        primfunc_name_hint="int8",
+    )
+
+
 LEGALIZE: Mapping[str, Legalize] = {
     "horq.binarize": _binarize,
     "horq.scales": _scales,
@@ -131,4 +170,6 @@ LEGALIZE: Mapping[str, Legalize] = {
     "horq.packed_bitserial": _packed_bitserial,
     "horq.packed_conv2d": _packed_conv2d,
     "horq.packed_depthwise": _packed_depthwise,
+    "horq.quantize": _quantize,
+    "horq.packed_int8": _packed_int8,
 }

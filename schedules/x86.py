@@ -8,11 +8,12 @@ from tvm import s_tir, tirx
 
 from horq_tvm.targets import Target
 
-from . import blocks, nibble
+from . import blocks, int8, nibble
 from .tile import Loop, Tile, choose
 
 Rule = Callable[[tirx.PrimFunc, Target], "s_tir.Schedule | None"]
 
+ACCUMULATIONS = ("popcount", "flush", "multiply", "dot")
 TRANSPOSE = 16  # elements along each side of a transposed square: a cache line
 PARALLEL_WORK = 1 << 16  # inner operations under which sharing a kernel out costs more than it brings
 
@@ -21,7 +22,7 @@ def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | 
     """Bitserial and float convolutions with their epilogue, and the next layer's planes, in one tile nest."""
     sch = s_tir.Schedule(func)
     kernel = blocks.Kernel.of(sch)
-    reductions = [b for b in kernel.reductions if blocks.name(sch, b).startswith(("popcount", "flush", "multiply"))]
+    reductions = [b for b in kernel.reductions if blocks.name(sch, b).startswith(ACCUMULATIONS)]
     if not reductions:
         return None
     popcount = blocks.name(sch, reductions[0]).startswith("popcount")
@@ -243,4 +244,4 @@ def plain(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
     return sch
 
 
-RULES: tuple[Rule, ...] = (direct_convolution, window_reduction, packing, elementwise, plain)
+RULES: tuple[Rule, ...] = (direct_convolution, window_reduction, packing, int8.quantisation, elementwise, plain)

@@ -5,6 +5,7 @@ from .bitserial import BITSERIAL_CONV2D, BITSERIAL_DENSE, bitserial
 from .conv2d import CONV2D, conv2d
 from .dense import DENSE, dense
 from .geometry import Geometry
+from .int8 import INT8_CONV2D, INT8_DENSE, PACKED_INT8, QUANTIZE, int8_conv2d, int8_dense, packed_int8, quantize
 from .name import NAME, name
 from .packed import (
     PACKED_BITSERIAL,
@@ -24,11 +25,15 @@ __all__ = [
     "BITSERIAL_DENSE",
     "CONV2D",
     "DENSE",
+    "INT8_CONV2D",
+    "INT8_DENSE",
     "NAME",
     "PACKED_BITSERIAL",
     "PACKED_CONV2D",
     "PACKED_DEPTHWISE",
+    "PACKED_INT8",
     "PAD_PLANES",
+    "QUANTIZE",
     "SCALES",
     "WORD_BITS",
     "BorderClasses",
@@ -37,10 +42,14 @@ __all__ = [
     "bitserial",
     "conv2d",
     "dense",
+    "int8_conv2d",
+    "int8_dense",
     "name",
     "packed_bitserial",
     "packed_conv2d",
+    "packed_int8",
     "pad_planes",
+    "quantize",
     "scales",
     "shape_of",
     "words_of",

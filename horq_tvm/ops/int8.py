@@ -1,0 +1,204 @@
+"""The layers that stay unbinarised, in int8: what they compute, and the form that a kernel implements.
+
+q = clip(rint(x / s) + z, 0, 255), w int8 in [−127, 127], output = s·s_f · Σ (q − z)·w, the sum an exact int32.
+
+A kernel does not see pixels. It sees rows of small elements, and a window as rows of *runs*: a run is `words` dwords of
+consecutive elements, so that one dword is broadcast and multiplied with a dword of each filter. What a run is depends
+on the layer (`Rows`): a whole kernel row where its pixels are neighbours in memory (3 channels of 7 pixels are 21
+elements, 6 dwords of 4, where padding pixels to 4 channels would take 7), the kernel row of one channel where the image
+arrives channel by channel, otherwise one tap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any, Literal
+
+from tvm import relax
+
+from .geometry import Geometry
+from .registry import call, register, shape_of, tensor
+
+Int8Style = Literal["quads", "pairs"]
+"""What a dword holds: 4 uint8 q (VNNI) or 2 int16 q − z (PMADDWD)."""
+
+ELEMENTS: dict[str, int] = {"quads": 4, "pairs": 2}
+ACTIVATION_DTYPE: dict[str, str] = {"quads": "uint8", "pairs": "int16"}
+WEIGHT_DTYPE: dict[str, str] = {"quads": "int8", "pairs": "int16"}
+
+# Σ |q − z|·|w| ≤ L·255·127 stays below 2^31, so that no order of the additions overflows an int32.
+MAX_ROW = (2**31 - 1) // (255 * 127)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How a layer's input becomes integers: float32 `scale` s > 0 and `zero_point` z, 0 to 255."""
+
+    scale: float
+    zero_point: int
+
+
+def _infer_conv2d(expr: relax.Call) -> relax.TensorType:
+    batch, height, width, _ = shape_of(expr.args[0])
+    return tensor((batch, *Geometry.of(expr.attrs).output_size(height, width), shape_of(expr.args[1])[0]), "float32")
+
+
+def _infer_dense(expr: relax.Call) -> relax.TensorType:
+    return tensor((*shape_of(expr.args[0])[:-1], shape_of(expr.args[1])[0]), "float32")
+
+
+INT8_CONV2D = register("horq.int8_conv2d", 3, _infer_conv2d)
+INT8_DENSE = register("horq.int8_dense", 3, _infer_dense)
+
+
+def int8_conv2d(
+    x: relax.Expr, weight: relax.Expr, factor: relax.Expr, *, name: str, geometry: Geometry, activation: Activation
+) -> relax.Call:
+    """x float32 [N,H,W,C], weight int8 [F,kh,kw,C/g], factor float32 [F] = s·s_f → float32 [N,HO,WO,F].
+
+    A padded position has the value 0, that is q = z.
+    """
+    return call(INT8_CONV2D, [x, weight, factor], name=name, **asdict(activation), **geometry.attributes())
+
+
+def int8_dense(
+    x: relax.Expr, weight: relax.Expr, factor: relax.Expr, *, name: str, activation: Activation
+) -> relax.Call:
+    """x float32 [...,L], weight int8 [F,L], factor float32 [F] = s·s_f → float32 [...,F]."""
+    return call(INT8_DENSE, [x, weight, factor], name=name, **asdict(activation))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A padded image as rows of elements, and where a window finds its runs in them. All counts are of elements.
+
+    Element (plane p, pixel x, channel of it) stands at p·plane + (left + x)·pixel + channel. The run t of output x and
+    group g starts at x·step + g·group + t·tap and has `words` dwords; a filter is zero where a run goes beyond its
+    kernel row, so what stands there does not matter.
+    """
+
+    height: int
+    length: int
+    step: int
+    group: int
+    taps: int
+    tap: int
+    words: int
+    plane: int
+    pixel: int
+
+    @classmethod
+    def of(
+        cls, size: tuple[int, int], channels: int, geometry: Geometry, style: Int8Style, *, planar: bool = False
+    ) -> Rows:
+        """The layout for images of `size` (height, width) with `geometry`'s padding; `planar` keeps channels apart."""
+        per_word, (_, kw), dx = ELEMENTS[style], geometry.kernel, geometry.dilation[1]
+        top, left, bottom, right = geometry.padding
+        height, width = top + size[0] + bottom, left + size[1] + right
+        outputs, sx = geometry.output_size(*size)[1], geometry.strides[1]
+        plane = 0
+        if planar:
+            pixel, group, taps, words = 1, 0, channels, ceil(kw / per_word)
+            plane = tap = _whole_words(max(width, (outputs - 1) * sx + words * per_word), per_word)
+            length = taps * plane
+        else:
+            inner = channels // geometry.groups
+            joined = geometry.groups == 1 and (dx == 1 or kw == 1)
+            group = 0 if joined else _whole_words(inner, per_word)
+            pixel = channels if joined else geometry.groups * group
+            taps, words = (1, ceil(kw * inner / per_word)) if joined else (kw, group // per_word)
+            tap = dx * pixel
+            last = (outputs - 1) * sx * pixel + (geometry.groups - 1) * group + (taps - 1) * tap
+            length = _whole_words(max(width * pixel, last + words * per_word), per_word)
+        return cls(height, length, sx * pixel, group, taps, tap, words, plane, pixel)
+
+
+def _whole_words(elements: int, per_word: int) -> int:
+    return ceil(elements / per_word) * per_word
+
+
+def _infer_quantize(expr: relax.Call) -> relax.TensorType:
+    shape = shape_of(expr.args[0])
+    return tensor((shape[0], int(expr.attrs["height"]), int(expr.attrs["length"])), str(expr.attrs["dtype"]))
+
+
+QUANTIZE = register("horq.quantize", 1, _infer_quantize)
+
+
+def quantize(
+    x: relax.Expr,
+    *,
+    activation: Activation,
+    rows: Rows,
+    geometry: Geometry,
+    style: Int8Style,
+    lanes: int,
+    planar: bool = False,
+) -> relax.Call:
+    """x float32 [N,H,W,C] (`planar`: [N,C,H,W]) → the elements of `rows`, uint8 q or int16 q − z, [N,Hp,Row].
+
+    geometry  `padding` is filled with the value 0; `strides` take every such pixel only (for a 1×1 window), else (1,1);
+              `groups` begin at whole dwords where `rows` says so
+    lanes     floats of the target's vector
+    """
+    return call(
+        QUANTIZE,
+        [x],
+        style=style,
+        dtype=ACTIVATION_DTYPE[style],
+        lanes=lanes,
+        planar=int(planar),
+        **asdict(activation),
+        **asdict(rows),
+        **geometry.attributes(),
+    )
+
+
+def _infer_packed(expr: relax.Call) -> relax.TensorType:
+    batch, *_ = shape_of(expr.args[0])
+    height, width = (int(e) for e in expr.attrs["output"])
+    return tensor((batch, height, width, int(expr.attrs["channels"])), "float32")
+
+
+PACKED_INT8 = register("horq.packed_int8", 4, _infer_packed)
+
+
+def packed_int8(
+    elements: relax.Expr,
+    weight: relax.Expr,
+    start: relax.Expr,
+    factor: relax.Expr,
+    *,
+    name: str,
+    rows: Rows,
+    geometry: Geometry,
+    output: tuple[int, int],
+    channels: int,
+    style: Int8Style,
+) -> relax.Call:
+    """elements as `quantize` gives them → float32 [N,HO,WO,F] = factor · (start + Σ element·weight).
+
+    weight  [G,B,kh,taps,words,v·e], B = ⌈F/G/v⌉, e elements a dword, those of a filter side by side: int8 (e = 4) or
+            int16 (e = 2)
+    start   int32 [G,B·v]: −z·Σ w for `quads`, whose elements are q; 0 for `pairs`, whose elements are q − z
+    factor  float32 [F]
+    """
+    how: dict[str, Any] = asdict(rows) | geometry.attributes()
+    operands = [elements, weight, start, factor]
+    return call(PACKED_INT8, operands, name=name, style=style, channels=channels, output=list(output), **how)
+
+
+def rows_of(attrs: Any) -> Rows:
+    """The rows that `quantize` or `packed_int8` wrote on its call."""
+    return Rows(**{key: int(attrs[key]) for key in Rows.__dataclass_fields__})
+
+
+def activation_of(attrs: Any) -> Activation:
+    """The activation that `int8_conv2d`, `int8_dense` or `quantize` wrote on its call."""
+    return Activation(float(attrs["scale"]), int(attrs["zero_point"]))
+
+
+def style_of(attrs: Any) -> Int8Style:
+    """The style that `quantize` or `packed_int8` wrote on its call."""
+    return "quads" if str(attrs["style"]) == "quads" else "pairs"
