@@ -23,9 +23,9 @@ from horq_tvm.cli import options
 from horq_tvm.cli.show import progress, table, write_json
 from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.runtime.loader import load
-from horq_tvm.specs import MAX_ORDER
 
 from . import fragments, onnx_layers, peak
+from .arguments import count, listed, orders, seconds
 from .fragments import Conv, Fragment
 from .measure import Probe, alternate, call_probe, kernel_probe, pinned, ratio
 
@@ -277,61 +277,31 @@ def _columns(record: Record) -> tuple[float, float, int | None]:
 def parser() -> options.Parser:
     """The command line of the shared interface, and what helps in looking at one kernel."""
     top = options.Parser(prog="python -m benchmarks.kernels", description=(__doc__ or "").split("\n\n")[0])
-    top.add_argument("--orders", type=_orders, default=(1, 2), metavar="1,2", help="planes K (default: 1,2)")
+    top.add_argument("--orders", type=orders, default=(1, 2), metavar="1,2", help="planes K (default: 1,2)")
     top.add_argument(
         "--activations",
-        type=lambda text: _listed(text, ACTIVATIONS),
+        type=listed(ACTIVATIONS),
         default=("signed",),
         metavar=",".join(ACTIVATIONS),
         help="what a conv binarises: with relu the first plane is known and dropped (default: signed)",
     )
     top.add_argument(
         "--kinds",
-        type=lambda text: _listed(text, ("bits", "float")),
+        type=listed(("bits", "float")),
         default=("bits", "float"),
         metavar="bits,float",
         help="which kernels (default: both)",
     )
     options.add_threads_option(top)
-    top.add_argument("--batch", type=_count, default=1, metavar="N", help="images a call (default: 1)")
+    top.add_argument("--batch", type=count, default=1, metavar="N", help="images a call (default: 1)")
     top.add_argument("--target", default=targets.NATIVE, metavar="NAME", help="what to compile for (default: native)")
     top.add_argument(
-        "--seconds", type=_seconds, default=0.4, metavar="S", help="how long to time each kernel (default: 0.4)"
+        "--seconds", type=seconds, default=0.4, metavar="S", help="how long to time each kernel (default: 0.4)"
     )
     top.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the libraries there, to be disassembled")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options.add_json_option(top)
     return top
-
-
-def _orders(text: str) -> tuple[int, ...]:
-    words = tuple(dict.fromkeys(text.split(",")))
-    if not all(word.isdecimal() and 1 <= int(word) <= MAX_ORDER for word in words):
-        raise argparse.ArgumentTypeError(f"found {text!r}; accepted: orders from 1 to {MAX_ORDER}, as in 1,2")
-    return tuple(int(word) for word in words)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; accepted: a number from 1")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 3600:
-        raise argparse.ArgumentTypeError(f"found {text!r}; accepted: a number of seconds above 0")
-    return value
-
-
-def _listed(text: str, accepted: Sequence[str]) -> tuple[str, ...]:
-    words = tuple(dict.fromkeys(text.split(",")))
-    if not set(words) <= set(accepted):
-        raise argparse.ArgumentTypeError(f"found {text!r}; accepted: {', '.join(accepted)}, separated by commas")
-    return words
 
 
 def run(arguments: argparse.Namespace) -> None:

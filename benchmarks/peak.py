@@ -3,6 +3,8 @@
     bits     acc ← acc + popcount(acc XOR w)      a lane-bit is a multiply-accumulate of ±1 values
     nibbles  acc ← acc + w[acc mod 16]            a byte shuffle: four bits of every byte lane (schedules/nibble.py)
     float32  acc ← acc·w + w                      one FMA, which TVM's code generator makes of it by itself
+    int8     acc ← acc + Σ of 4 products          VPDPBUSD, or VPMADDUBSW and VPMADDWD where there is no VNNI
+    clock    acc ← (acc + w) XOR w                a chain of two dependent instructions of one cycle each
 
 The accumulators are independent of one another and there are enough of them to hide the instructions' latency; each is
 its own operand, so that no compiler can take anything out of the loop. `python -m benchmarks.peak` prints the table.
@@ -39,7 +41,8 @@ MARGIN = 1.03  # by how much another way of counting has to be faster to be the 
 class Way:
     """A loop over `accumulators` vectors of `lanes` elements; `macs` multiply-accumulates an element and step.
 
-    `shuffle` is LLVM's name of the byte shuffle that does the counting, "" where popcount or FMA does.
+    `shuffle` is LLVM's name of the byte shuffle that does the counting, "" where popcount or FMA does. `dot` are LLVM's
+    names of the instructions of an int8 dot product: VNNI's, which adds to the accumulator, or the two before VNNI.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Way:
     accumulators: int
     macs: int
     shuffle: str = ""
+    dot: tuple[str, ...] = ()
+    chain: bool = False
 
     @property
     def macs_per_call(self) -> int:
@@ -91,6 +96,32 @@ def bit_ways(target: targets.Target) -> tuple[Way, ...]:
 def float_way(target: targets.Target) -> Way:
     """FMA of float32 vectors; a multiplication and an addition where the target has no FMA."""
     return Way("FMA", "float32", target.vector_bits // 32, 12, 1)
+
+
+_MADD = {
+    512: ("llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512"),
+    256: ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
+    128: ("llvm.x86.ssse3.pmadd.ub.sw.128", "llvm.x86.sse2.pmadd.wd"),
+}
+
+
+def int8_way(target: targets.Target) -> Way:
+    """Products of unsigned and signed bytes, summed in int32: VNNI, else products in 16 bits that are added in pairs.
+
+    SSE2 alone has the second of these, on int16.
+    """
+    bits, count = target.vector_bits, _accumulators(target)
+    lanes = bits // 32
+    if "avx512_vnni" in target.features or (bits == 256 and "avx_vnni" in target.features):
+        return Way("VPDPBUSD", "int32", lanes, count, 4, dot=(f"llvm.x86.avx512.vpdpbusd.{bits}",))
+    if target.popcount == "scalar":
+        return Way("PMADDWD", "int32", lanes, count, 2, dot=_MADD[bits][1:])
+    return Way("PMADDUBSW, PMADDWD", "int32", lanes, count, 4, dot=_MADD[bits])
+
+
+def clock_way() -> Way:
+    """Cycles for multiply-accumulates: `macs_per_call` over nanoseconds is the core's clock in GHz."""
+    return Way("dependent ADD and XOR", "uint64", 1, 1, 2, chain=True)
 
 
 def _accumulators(target: targets.Target) -> int:
@@ -152,7 +183,24 @@ def _loop(way: Way) -> tirx.PrimFunc:
 def _step(way: Way, acc: tirx.Expr, w: tirx.Expr) -> tirx.Expr:
     if way.shuffle:
         return acc + T.call_llvm_pure_intrin(f"{way.dtype}x{way.lanes}", way.shuffle, w, acc)
+    if way.dot:
+        return _dot(way, acc, w)
+    if way.chain:
+        return (acc + w) ^ w
     return acc * w + w if way.dtype == "float32" else acc + tirx.popcount(acc ^ w)
+
+
+def _dot(way: Way, acc: tirx.Expr, w: tirx.Expr) -> tirx.Expr:
+    """acc + the sum of each lane's products; before VNNI of acc's own bytes, or they would be loop-invariant."""
+    wide, narrow = f"int32x{way.lanes}", f"int16x{2 * way.lanes}"
+    signed = tirx.reinterpret(f"int8x{4 * way.lanes}", w)
+    if "vpdpbusd" in way.dot[0]:  # LLVM's operands are bytes, though VNNI's registers do not care
+        return T.call_llvm_pure_intrin(wide, way.dot[0], acc, signed, signed)
+    *first, last = way.dot
+    if not first:
+        return acc + T.call_llvm_pure_intrin(wide, last, tirx.reinterpret(narrow, acc), tirx.reinterpret(narrow, w))
+    pairs = T.call_llvm_pure_intrin(narrow, first[0], tirx.reinterpret(f"int8x{4 * way.lanes}", acc), signed)
+    return acc + T.call_llvm_pure_intrin(wide, last, pairs, T.Broadcast(T.int16(1), 2 * way.lanes))
 
 
 def _seed(way: Way) -> np.ndarray:
@@ -169,11 +217,13 @@ def main() -> None:
         target = targets.resolve(name)
         if target.missing_on(targets.this_host().flags):
             continue
-        ways = (*bit_ways(target), float_way(target))
+        ways = (*bit_ways(target), float_way(target), int8_way(target))
         with pinned(1):
-            samples = alternate([build(way, target).probe(way.name) for way in ways], CHOICE_SECONDS)
+            clock = clock_way()
+            samples = alternate([build(way, target).probe(way.name) for way in (*ways, clock)], CHOICE_SECONDS)
+        ghz = clock.macs_per_call / np.median(samples[clock.name])
         speeds = (f"{way.name} {way.macs_per_call / np.median(samples[way.name]):.0f}" for way in ways)
-        print(f"{name}: {', '.join(speeds)} GMAC/s")
+        print(f"{name}: {', '.join(speeds)} GMAC/s at {ghz:.2f} GHz")
 
 
 if __name__ == "__main__":

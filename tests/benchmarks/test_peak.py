@@ -20,6 +20,8 @@ NATIVE = targets.resolve("native", HOST)
 OTHERS = [target for target in (targets.resolve("x86-64-v3"),) if not target.missing_on(HOST.flags)]
 WAYS = (*peak.bit_ways(NATIVE), peak.float_way(NATIVE))
 LOOKUPS = [way for target in OTHERS for way in peak.bit_ways(target) if way.shuffle]
+TARGETS = [target for target in map(targets.resolve, targets.names()) if not target.missing_on(HOST.flags)]
+DOTS = tuple({way.name: way for way in map(peak.int8_way, TARGETS)}.values())
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,40 @@ def test_look_ups_count_every_step(way: peak.Way) -> None:
         found = np.take_along_axis(np.broadcast_to(tables, index.shape), (index & 15).astype(int), axis=-1)
         acc = acc + np.where(index < 128, found, 0).astype("uint8").reshape(acc.shape)
     np.testing.assert_array_equal(peak.build(way, OTHERS[0]).model(seed)["out"], acc)
+
+
+@pytest.mark.parametrize("way", DOTS, ids=lambda way: way.name)
+def test_dot_products_count_every_step(way: peak.Way) -> None:
+    """Where there is no VNNI the first factors are bytes or halves of acc; pairs saturate at 16 bits."""
+    target = next(target for target in TARGETS if peak.int8_way(target) == way)
+    seed = peak._seed(way)
+    acc, w = seed.copy(), seed[0]
+    for _ in range(peak.STEPS):
+        acc = acc + products(way, acc, w).astype("int32")
+    np.testing.assert_array_equal(peak.build(way, target).model(seed)["out"], acc)
+
+
+def products(way: peak.Way, acc: np.ndarray, w: np.ndarray) -> np.ndarray:
+    signed = w.view("int8").astype("int64")
+    if way.name == "VPDPBUSD":
+        return (w.view("uint8") * signed).reshape(-1, 4).sum(1)
+    if way.name == "PMADDWD":
+        return (acc.view("int16").astype("int64") * w.view("int16")).reshape(len(acc), -1, 2).sum(2)
+    pairs = (acc.view("uint8") * signed).reshape(len(acc), -1, 2).sum(2)
+    return np.clip(pairs, -(2**15), 2**15 - 1).reshape(len(acc), -1, 2).sum(2)
+
+
+def test_the_clock_is_a_chain() -> None:
+    """Two cycles a step at least: no core does a dependent pair in fewer, and none clocks above 10 GHz."""
+    way = peak.clock_way()
+    (built,) = [peak.build(way, NATIVE)]
+    seed = peak._seed(way)
+    acc = w = int(seed[0, 0])
+    for _ in range(peak.STEPS):
+        acc = ((acc + w) ^ w) % 2**64
+    assert int(built.model(seed)["out"][0, 0]) == acc
+    (nanoseconds,) = built.probe("clock")().values()
+    assert 0.1 < way.macs_per_call / nanoseconds < 10
 
 
 def test_macs_count_every_bit_of_every_vector() -> None:
