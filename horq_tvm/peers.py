@@ -20,6 +20,8 @@ INT8 = "onnxruntime-int8"
 NAMES = (FLOAT32, INT8)
 
 CALIBRATION_SAMPLES = 32
+# The first opset whose QuantizeLinear has a scale a channel.
+INT8_OPSET = 13
 SEED = 0
 
 Feeds = Mapping[str, np.ndarray]
@@ -82,9 +84,10 @@ def int8(
 
     samples, source = _calibration_samples(feeds, calibration)
     peers = []
-    with tempfile.TemporaryDirectory() as folder, _explained(model, "quantising to int8"):
-        prepared = Path(folder) / "prepared.onnx"
-        shape_inference.quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
+    with tempfile.TemporaryDirectory() as folder, _explained(model, "quantising it to int8"):
+        whole, prepared = Path(folder) / "whole.onnx", Path(folder) / "prepared.onnx"
+        _write_whole(model, whole)
+        shape_inference.quant_pre_process(str(whole), str(prepared), skip_symbolic_shape=True)
         for form in ("QDQ", "QOperator"):
             quantised = Path(folder) / f"{form}.onnx"
             quantization.quantize_static(
@@ -111,8 +114,20 @@ def holds_horq_nodes(model: Path) -> bool:
     except ImportError as error:
         raise extras.missing(error) from error
 
-    with _explained(model, "reading"):
+    with _explained(model, "reading it"):
         return any(node.domain == "horq" for node in onnx.load(model, load_external_data=False).graph.node)
+
+
+def _write_whole(model: Path, out: Path) -> None:
+    """The model in one file, its external weights too (the quantiser looks for them beside its own copies), and of an
+    opset in which it can be quantised a channel."""
+    import onnx
+
+    proto = onnx.load(model)
+    opset = max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=INT8_OPSET)
+    if opset < INT8_OPSET:
+        proto = onnx.version_converter.convert_version(proto, INT8_OPSET)
+    onnx.save(proto, out)
 
 
 class _Reader:
@@ -163,7 +178,7 @@ def _session(model: Path, threads: int) -> Any:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
-    with _explained(model, "loading"):
+    with _explained(model, "loading it"):
         return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
@@ -173,7 +188,7 @@ def _call(model: Path, session: Any, feeds: Feeds) -> Callable[[], object]:
     if set(wanted) != set(feeds):
         raise UsageError(f"{model}: its inputs are {', '.join(wanted)}; the library's are {', '.join(feeds)}")
     run, inputs = session.run, dict(feeds)
-    with _explained(model, "running"):
+    with _explained(model, "running it"):
         run(None, inputs)
     return lambda: run(None, inputs)
 
@@ -188,4 +203,4 @@ def _explained(model: Path, doing: str) -> Iterator[None]:
     except HorqError:
         raise
     except Exception as error:
-        raise HorqError(f"{model}: ONNX Runtime failed in {doing} it: {error}") from error
+        raise HorqError(f"{model}: ONNX Runtime failed in {doing}: {error}") from error

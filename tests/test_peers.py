@@ -68,6 +68,22 @@ def test_int8_comes_in_both_forms_and_is_near_float(model: Path, feeds: dict[str
         assert 1e-5 < error < 0.05  # not exact, so it is not the float model, and not far
 
 
+def test_int8_of_external_weights_and_of_an_old_opset(
+    model: Path, feeds: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """torch.onnx.export writes the weights beside the model; a scale a channel came with opset 13."""
+    external, old = tmp_path / "external.onnx", tmp_path / "old.onnx"
+    onnx.save(onnx.load(model), external, save_as_external_data=True, location="weights", size_threshold=0)
+    proto = onnx.load(model)
+    proto.opset_import[0].version = 9
+    onnx.save(proto, old)
+    [expected] = peers.int8(model, feeds)[0].call()
+    for path in (external, old):
+        for peer in peers.int8(path, feeds):
+            [output] = peer.call()
+            np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_calibration_data_is_used(model: Path, feeds: dict[str, np.ndarray]) -> None:
     [expected] = peers.float32(model, feeds).call()
     tiny = {"image": np.full((5, *SHAPE[1:]), 1e-3, "float32")}
