@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from horq_tvm.errors import HorqError
+from horq_tvm.errors import HorqError, UsageError
 
 
-def check_writable(path: str | Path) -> None:
-    """Before long work: a file can be made at `path`.
+def check_writable(path: str | Path, *, sources: Iterable[str | Path | None] = ()) -> None:
+    """Before long work: a file can be made at `path`, and it is none of the `sources`, whose place it would take.
 
     Raises:
+        UsageError: it is one of the sources.
         HorqError: it is a folder or a device, or its folder is missing or not writable.
     """
     out = _real(path)
+    if any(source is not None and _real(source) == out for source in sources):
+        raise UsageError(f"cannot write {path}: the call names it twice; accepted: a name of its own")
     folder = out.parent
     if out.exists() and not out.is_file():
         kind = "a folder" if out.is_dir() else "a device or pipe, which a file would take the place of"

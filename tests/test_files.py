@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from horq_tvm.errors import HorqError
+from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.files import check_writable, replacing
 
 
@@ -31,6 +31,17 @@ def test_a_result_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
         partial.write_text("")
     (tmp_path / "b").write_text("")
     assert len({stat.S_IMODE((tmp_path / name).stat().st_mode) for name in "ab"}) == 1
+
+
+def test_what_is_read_is_not_written(tmp_path: Path) -> None:
+    source = tmp_path / "model.onnx"
+    source.write_text("weights")
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    for path in (source, link, tmp_path / "." / "model.onnx"):
+        with pytest.raises(UsageError, match="the call names it twice; accepted: a name of its own"):
+            check_writable(path, sources=[None, "elsewhere", source])
+    check_writable(tmp_path / "model.so", sources=[None, source])
 
 
 def test_paths_that_cannot_be_written(tmp_path: Path) -> None:

@@ -51,6 +51,24 @@ def _load_numpy(path: str) -> dict[str, np.ndarray] | np.ndarray:
         raise UsageError(f"{path}: not an .npz or .npy of numeric arrays: {error}") from error
 
 
+def write_outputs(path: str, outputs: Mapping[str, np.ndarray]) -> None:
+    """An .npy of the only output where `path` says .npy, else an .npz of all by name.
+
+    Raises:
+        UsageError: an .npy for several outputs.
+    """
+    import numpy as np
+
+    if not path.endswith(".npy"):
+        write_npz(path, outputs)
+        return
+    if len(outputs) != 1:
+        raise UsageError(f"{path}: one array for {len(outputs)} outputs; accepted: an .npz for {', '.join(outputs)}")
+    [array] = outputs.values()
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
+
+
 def write_npz(path: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays under their names, whatever these are (`np.savez` stumbles over one called `file`)."""
     import numpy as np

@@ -46,7 +46,8 @@ def add(verbs: options.Verbs) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Time the engines in turn; print a table, or the records as JSON."""
     if arguments.json not in (None, "-"):
-        check_writable(arguments.json)
+        sources = (arguments.subject, arguments.model, arguments.plan, arguments.calibration)
+        check_writable(arguments.json, sources=sources)
     subject = Path(arguments.subject)
     is_library = _is_library(subject)
     peer_model = _peer_model(arguments, subject, is_library)

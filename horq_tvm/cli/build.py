@@ -20,9 +20,10 @@ def add(verbs: options.Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Compile, write the library, and say what became of each layer."""
-    check_writable(arguments.output)
+    sources = (arguments.model, arguments.plan, arguments.calibration)
+    check_writable(arguments.output, sources=sources)
     if arguments.json not in (None, "-"):
-        check_writable(arguments.json)
+        check_writable(arguments.json, sources=(*sources, arguments.output))
     given = options.build_arguments(arguments)
     import horq_tvm
 

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from horq_tvm.cli import options
-from horq_tvm.cli.arrays import read_inputs, write_npz
-from horq_tvm.cli.show import shape_text
+from horq_tvm.cli.arrays import read_inputs, write_outputs
+from horq_tvm.cli.show import first_values, shape_text
 from horq_tvm.files import check_writable
-
-if TYPE_CHECKING:
-    import numpy as np
-
-SHOWN_VALUES = 8
 
 
 def add(verbs: options.Verbs) -> None:
@@ -24,7 +18,10 @@ def add(verbs: options.Verbs) -> None:
         "inputs", metavar="IN.npz|IN.npy", help="arrays by input name; an .npy serves a model of one input"
     )
     verb.add_argument(
-        "-o", "--output", metavar="OUT.npz", help="write the outputs here (default: print their first values)"
+        "-o",
+        "--output",
+        metavar="OUT.npz|OUT.npy",
+        help="write the outputs here, an .npy where there is one (default: print their first values)",
     )
     options.add_threads_option(verb)
 
@@ -34,16 +31,11 @@ def run(arguments: argparse.Namespace) -> None:
     from horq_tvm.runtime.loader import load
 
     if arguments.output is not None:
-        check_writable(arguments.output)
+        check_writable(arguments.output, sources=(arguments.library, arguments.inputs))
     model = load(arguments.library, threads=arguments.threads)
     outputs = model(**read_inputs(arguments.inputs, [spec.name for spec in model.inputs]))
     if arguments.output is not None:
-        write_npz(arguments.output, outputs)
+        write_outputs(arguments.output, outputs)
         return
     for name, array in outputs.items():
-        print(f"{name}  {shape_text(array.shape)}  {array.dtype}  {_first_values(array)}")
-
-
-def _first_values(array: np.ndarray) -> str:
-    values = [f"{value:.6g}" for value in array.ravel()[:SHOWN_VALUES]]
-    return " ".join(values) + (" ..." if array.size > SHOWN_VALUES else "")
+        print(f"{name}  {shape_text(array.shape)}  {array.dtype}  {first_values(array)}")

@@ -6,9 +6,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from horq_tvm.files import replacing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SHOWN_VALUES = 8
 
 
 def write_json(destination: str, value: Any) -> None:
@@ -39,6 +44,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def shape_text(shape: Sequence[int]) -> str:
     """1x3x224x224."""
     return "x".join(map(str, shape)) or "scalar"
+
+
+def first_values(array: np.ndarray) -> str:
+    """The first eight: floats to six digits, integers whole."""
+    values = [f"{value:.6g}" if array.dtype.kind == "f" else str(value) for value in array.ravel()[:SHOWN_VALUES]]
+    return " ".join(values) + (" ..." if array.size > SHOWN_VALUES else "")
 
 
 @contextmanager

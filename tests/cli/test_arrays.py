@@ -38,6 +38,17 @@ def test_npy_serves_one_input(tmp_path: Path) -> None:
         arrays.read_npz(path)
 
 
+def test_npy_serves_one_output(tmp_path: Path) -> None:
+    one, several = {"y": np.arange(3)}, {"y": np.arange(3), "z": np.ones(2)}
+    arrays.write_outputs(str(tmp_path / "y.npy"), one)
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), one["y"])
+    arrays.write_outputs(str(tmp_path / "y.npz"), one)
+    assert list(arrays.read_npz(str(tmp_path / "y.npz"))) == ["y"]
+    with pytest.raises(UsageError, match="one array for 2 outputs; accepted: an .npz for y, z"):
+        arrays.write_outputs(str(tmp_path / "z.npy"), several)
+    assert not (tmp_path / "z.npy").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04broken", b"\x93NUMPY\x01"])
 def test_files_that_are_no_arrays(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.npz"

@@ -134,6 +134,20 @@ def test_mistakes_leave_one_line_and_no_file(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own.yaml", "plan.yaml"]
 
 
+def test_a_mistyped_output_does_not_replace_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, library = network(tmp_path / "small.onnx"), tmp_path / "m.so"
+    before = model.read_bytes()
+    for words in (
+        ["-o", str(model)],
+        ["-o", str(library), "--json", str(model)],
+        ["-o", str(library), "--json", str(library)],
+    ):
+        assert main(["build", str(model), *words]) == 2
+        assert "the call names it twice" in capsys.readouterr().err
+    assert model.read_bytes() == before
+    assert not library.exists()
+
+
 def test_models_that_cannot_be_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.onnx").write_text("not a model")
     save([onnx.helper.make_node("Det", ["x"], ["y"], name="odd")], tmp_path / "det.onnx")
