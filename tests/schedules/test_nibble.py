@@ -171,9 +171,7 @@ def compiled_outputs(target: str, shape: tuple[int, ...], x: np.ndarray[Any, Any
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    ("window", "channels"), [((1, 1), 224), ((3, 3), 64), ((1, 1), 256), ((5, 5), 2600)], ids=str
-)
+@pytest.mark.parametrize(("window", "channels"), [((1, 1), 224), ((3, 3), 64), ((1, 1), 256), ((5, 5), 2600)], ids=str)
 def test_every_bit_differs(target: str, window: tuple[int, int], channels: int) -> None:
     """The largest counts there are: 56 steps in a byte, and 65000 in the 16-bit sum of the last case."""
     weight = -np.ones((16, *window, channels))
