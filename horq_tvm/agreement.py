@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import peers
 from .errors import UsageError
 from .runtime.loader import LoadedModel
 from .specs import TensorSpec
@@ -16,10 +17,13 @@ RANDOM_INPUTS = 8
 
 @dataclass(frozen=True)
 class Agreement:
-    """`agreement`: share of rows with the same arg max; `cosine`: mean over inputs; both of the first output."""
+    """`agreement`: share of rows with the same arg max; `cosine`: mean over inputs; both of the first output.
+
+    `cosine` is None where an output holds NaN or infinity, of which there is no cosine.
+    """
 
     agreement: float
-    cosine: float
+    cosine: float | None
     inputs: str
 
 
@@ -33,32 +37,50 @@ def compare(model: LoadedModel, reference: LoadedModel, data: Mapping[str, np.nd
         a, b = (np.asarray(m(**feed)[name], "float64") for m in (model, reference))
         rows_a, rows_b = (v.reshape(-1, v.shape[-1] if v.ndim else 1) for v in (a, b))
         same.append(float((rows_a.argmax(1) == rows_b.argmax(1)).mean()))
-        norm = float(np.linalg.norm(a) * np.linalg.norm(b))
-        cosines.append(float((a * b).sum()) / norm if norm else float(not np.any(a - b)))
+        with np.errstate(invalid="ignore"):
+            norm = float(np.linalg.norm(a) * np.linalg.norm(b))
+            cosines.append(float((a * b).sum()) / norm if norm else float(not np.any(a - b)))
         count += 1
     what = f"{count} random inputs" if data is None else f"the calibration data ({count} batches)"
-    return Agreement(float(np.mean(same)), float(np.mean(cosines)), what)
+    cosine = float(np.mean(cosines))
+    return Agreement(float(np.mean(same)), cosine if np.isfinite(cosine) else None, what)
 
 
 def batches(inputs: tuple[TensorSpec, ...], data: Mapping[str, np.ndarray] | None) -> Iterator[dict[str, np.ndarray]]:
     """The data in pieces of the model's own batch, the last one filled up with its first samples.
 
-    Raises UsageError where an input is missing or its samples have another shape.
+    An input whose first axis is not the batch (a scalar, one factor a channel) takes its rows as they come: as many a
+    piece as it has.
+
+    Raises UsageError where an input is missing, its samples have another shape, or inputs do not last equally long.
     """
     if data is None:
-        rng = np.random.default_rng(0)
-        for _ in range(RANDOM_INPUTS):
-            yield {s.name: rng.standard_normal(s.shape).astype(s.dtype) for s in inputs}
+        for seed in range(RANDOM_INPUTS):
+            yield peers.random_feeds(inputs, seed)
         return
-    for spec in inputs:
-        if spec.name not in data:
-            raise UsageError(f"calibration: no array {spec.name!r}; found: {', '.join(data) or 'none'}")
-        found = np.shape(data[spec.name])
-        if len(found) != len(spec.shape) or found[1:] != spec.shape[1:] or not found[0]:
-            accepted = ", ".join(("samples", *map(str, spec.shape[1:])))
-            raise UsageError(f"calibration: {spec.name!r} has shape {found}; accepted: ({accepted})")
-    samples = min(len(data[spec.name]) for spec in inputs)
-    batch = inputs[0].shape[0] if inputs[0].shape else 1
-    for begin in range(0, samples, batch):
-        rows = np.arange(begin, begin + batch) % samples
-        yield {s.name: np.ascontiguousarray(data[s.name][rows], dtype=s.dtype) for s in inputs}
+    counts = {spec.name: _pieces(spec, data) for spec in inputs}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{name!r} for {count}" for name, count in counts.items())
+        raise UsageError(f"calibration: samples for calls of the model: {found}; accepted: for as many of each input")
+    for index in range(max(counts.values(), default=0)):
+        yield {spec.name: _piece(spec, np.asarray(data[spec.name]), index) for spec in inputs}
+
+
+def _pieces(spec: TensorSpec, data: Mapping[str, np.ndarray]) -> int:
+    """How many calls of the model the samples of an input are enough for, the last one filled up."""
+    if spec.name not in data:
+        raise UsageError(f"calibration: no array {spec.name!r}; found: {', '.join(data) or 'none'}")
+    found, sample = np.shape(data[spec.name]), spec.shape[1:]
+    if len(found) != len(sample) + 1 or found[1:] != sample or not found[0]:
+        accepted = ", ".join(("samples", *map(str, sample)))
+        raise UsageError(f"calibration: {spec.name!r} has shape {found}; accepted: ({accepted})")
+    return -(-found[0] // _rows(spec))
+
+
+def _piece(spec: TensorSpec, samples: np.ndarray, index: int) -> np.ndarray:
+    rows = np.arange(index * _rows(spec), (index + 1) * _rows(spec)) % len(samples)
+    return np.array(samples[rows].reshape(spec.shape), dtype=spec.dtype, order="C")
+
+
+def _rows(spec: TensorSpec) -> int:
+    return spec.shape[0] if spec.shape else 1

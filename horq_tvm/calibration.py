@@ -16,6 +16,7 @@ import tvm
 from . import agreement, pipeline, reference
 from .manifest import Manifest
 from .relay_passes.expose_scales import EXPOSED, ExposeScales
+from .relay_passes.rewrite_layers import RewriteLayers
 from .specs import LayerConfig, TensorSpec
 from .straightline import fields_of, read_main
 from .targets import Target
@@ -56,9 +57,14 @@ def fit(
 
 
 def _exposed(canonical: tvm.IRModule, configs: Mapping[str, LayerConfig], names: list[str]) -> tvm.IRModule:
-    """The rewritten model with the β of `names` as parameters: `sample` kernels read theirs from memory."""
-    computed = {n: LayerConfig(c.order, "sample") if n in names else c for n, c in configs.items()}
-    return tvm.transform.Sequential([pipeline.rewrite(computed), ExposeScales(names)])(canonical)
+    """The rewritten model with the β of `names` as parameters: `sample` kernels read theirs from memory.
+
+    The other layers are rewritten before, so that none of them shares the β that is about to be replaced.
+    """
+    others = {n: c for n, c in configs.items() if n not in names}
+    computed = {n: LayerConfig(configs[n].order, "sample") for n in names}
+    passes = [RewriteLayers(others), pipeline.rewrite(computed), ExposeScales(names)]
+    return tvm.transform.Sequential(passes)(canonical)
 
 
 def _scale_specs(exposed: tvm.IRModule, inputs: int) -> tuple[TensorSpec, ...]:

@@ -14,8 +14,10 @@ import numpy as np
 import tvm
 
 from . import agreement, calibration, layers, pipeline, targets
+from . import rest as unbinarised
 from .emit import standalone
 from .errors import UsageError
+from .files import replacing
 from .frontend import ImportedModel
 from .manifest import LayerRecord, Manifest
 from .plan import Plan, load_plan
@@ -23,7 +25,8 @@ from .relay_passes.fold_constant_plane import relu_fed_layers
 from .relay_passes.fuse_epilogue import LAYER_ATTR
 from .relay_passes.rewrite_layers import TAP_NAMES
 from .runtime.loader import LoadedModel, load
-from .specs import LayerConfig, TensorSpec
+from .schedules import int8
+from .specs import RESTS, LayerConfig, Rest, TensorSpec
 from .straightline import fields_of, read_main
 
 if TYPE_CHECKING:
@@ -44,8 +47,6 @@ class CompiledModel:
 
     def export(self, path: str | Path) -> Path:
         """Copies the library to `path`, under a temporary name first. HorqError where the path is not writable."""
-        from .emit.link import replacing
-
         out = Path(path).absolute()
         with replacing(out) as partial:
             shutil.copy(self.library, partial)
@@ -55,7 +56,7 @@ class CompiledModel:
         """The library, loaded; see `horq_tvm.load`."""
         return load(self.library, threads=threads)
 
-    def __call__(self, *arrays: np.ndarray, **named: np.ndarray) -> dict[str, np.ndarray]:
+    def __call__(self, /, *arrays: np.ndarray, **named: np.ndarray) -> dict[str, np.ndarray]:
         """Runs the model once; see `LoadedModel`."""
         return self.load()(*arrays, **named)
 
@@ -70,6 +71,7 @@ def build(
     calibration: Mapping[str, np.ndarray] | None = None,
     example_inputs: tuple[Any, ...] | None = None,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    rest: Rest = "float32",
     taps: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> CompiledModel:
@@ -84,6 +86,8 @@ def build(
         plan: the per-layer plan of interface.md, as a path, a dict or a Plan.
         calibration: arrays by input name, axis 0 the samples; `static` layers without betas are fitted to it.
         input_shapes: shapes of inputs that the model leaves dynamic.
+        rest: arithmetic of the layers that stay unbinarised, "float32" or "int8": weights a filter, activations a
+            layer, their ranges from the calibration data, else from 8 seeded random inputs.
         taps: layers whose input, β, planes and output become outputs of the library.
         progress: called with what is being done.
 
@@ -92,6 +96,7 @@ def build(
     """
     say = progress or (lambda _message: None)
     resolved = target if isinstance(target, targets.Target) else targets.resolve(target)
+    _check_rest(rest, resolved)
     say("importing the model")
     imported = _import(model, example_inputs, input_shapes)
     canonical = pipeline.canonicalise()(imported.mod)
@@ -100,7 +105,7 @@ def build(
     choices = layers.choose(found, plan=loaded_plan, trained=imported.trained, order=order, scale=scale)
     configs = {name: choice.config for name, choice in choices.items() if choice.config is not None}
     _warn_of_nothing(choices, order)
-    session = _Session(imported, canonical, resolved, calibration, say)
+    session = _Session(imported, canonical, resolved, calibration, rest, say)
     return session.compile(session.calibrate(configs), taps, found, choices)
 
 
@@ -112,6 +117,7 @@ class _Session:
     canonical: tvm.IRModule
     target: targets.Target
     data: Mapping[str, np.ndarray] | None
+    rest: Rest
     say: Progress
 
     def calibrate(self, configs: Mapping[str, LayerConfig]) -> dict[str, LayerConfig]:
@@ -142,11 +148,41 @@ class _Session:
         self.say("rewriting layers")
         rewritten = pipeline.rewrite(configs, taps)(self.canonical)
         _warn_of_relus(relu_fed_layers(rewritten))
-        records = tuple(_record(layer, choices[layer.name], configs.get(layer.name)) for layer in found)
+        calibrated = self._calibrate_rest(rewritten, [layer for layer in found if layer.name not in configs])
+        activations = calibrated.activations if calibrated else {}
+        records = tuple(_record(layer, choices[layer.name], configs.get(layer.name), self.rest) for layer in found)
         manifest = Manifest(self.imported.inputs, self._outputs(rewritten), layers=records)
+        rewritten = pipeline.quantize_rest(activations)(rewritten)
         compiled = emit(rewritten, self.target, manifest, self.say)
-        untrained = sorted(configs.keys() - self.imported.trained.keys())
+        if calibrated:
+            compiled = self._judge_rest(compiled, rewritten, manifest, calibrated)
+        untrained = [name for name, config in configs.items() if self.imported.trained.get(name) != config]
         return self._judge(compiled, rewritten, manifest, untrained)
+
+    def _calibrate_rest(self, rewritten: tvm.IRModule, floats: Sequence[layers.Layer]) -> unbinarised.Calibrated | None:
+        """The ranges of the layers that run in int8, None where there are none."""
+        names = [layer.name for layer in floats if unbinarised.reason_for_float32(layer) is None]
+        if self.rest == "float32" or not names:
+            return None
+        specs = self.imported.inputs, self._outputs(rewritten)
+        return unbinarised.calibrate(rewritten, *specs, names, self.host, self.data, self.say)
+
+    def _judge_rest(
+        self, compiled: CompiledModel, module: tvm.IRModule, manifest: Manifest, calibrated: unbinarised.Calibrated
+    ) -> CompiledModel:
+        """Compares with the same network whose rest is float32; says so where the ranges are those of random inputs."""
+        here = compiled if self.host == self.target else emit(module, self.host, manifest, self.say)
+        result = agreement.compare(here.load(), calibrated.float_rest, self.data)
+        cosine = "undefined" if result.cosine is None else f"{result.cosine:.4f}"
+        if self.data is None:
+            warnings.warn(
+                f"{len(calibrated.activations)} layers run in int8 on the ranges of {result.inputs}: on these, top-1"
+                f" agrees with a float32 rest on {result.agreement:.0%}, cosine of the outputs {cosine}; calibration"
+                " data gives the ranges of real inputs",
+                stacklevel=4,
+            )
+        found = {"calibration": result.inputs, "agreement": result.agreement, "cosine": result.cosine}
+        return replace(compiled, report={**compiled.report, "rest": found})
 
     def _outputs(self, rewritten: tvm.IRModule) -> tuple[TensorSpec, ...]:
         names = [str(name) for name in rewritten.attrs[TAP_NAMES]] if TAP_NAMES in (rewritten.attrs or {}) else []
@@ -160,17 +196,21 @@ class _Session:
     def _judge(
         self, compiled: CompiledModel, rewritten: tvm.IRModule, manifest: Manifest, untrained: Sequence[str]
     ) -> CompiledModel:
-        """Compares with the float model where layers were rewritten that no training prepared for it, and says so."""
+        """Compares with the model as it was given where layers were rewritten that were not trained for it.
+
+        That model is float but for its own HORQ layers, which are what their training made of them.
+        """
         if not untrained:
             return replace(compiled, report={**compiled.report, "agreement": None, "cosine": None})
         self.say("comparing with the float model")
         plain = Manifest(self.imported.inputs, self.imported.outputs)
-        reference = emit(pipeline.rewrite({})(self.canonical), self.host, plain, self.say)
+        reference = emit(pipeline.rewrite(self.imported.trained)(self.canonical), self.host, plain, self.say)
         here = compiled if self.host == self.target else emit(rewritten, self.host, manifest, self.say)
         result = agreement.compare(here.load(), reference.load(), self.data)
+        cosine = "undefined" if result.cosine is None else f"{result.cosine:.3f}"
         warnings.warn(
             f"{len(untrained)} layers were rewritten that were not trained for HORQ: on {result.inputs} top-1 agrees"
-            f" with the float model on {result.agreement:.0%}, cosine of the outputs {result.cosine:.3f}; {TRAINING}",
+            f" with the float model on {result.agreement:.0%}, cosine of the outputs {cosine}; {TRAINING}",
             stacklevel=4,
         )
         return replace(compiled, report={**compiled.report, "agreement": result.agreement, "cosine": result.cosine})
@@ -211,9 +251,21 @@ def _import(
     return import_torch(model, example_inputs, input_shapes)
 
 
-def _record(layer: layers.Layer, choice: layers.Choice, config: LayerConfig | None) -> LayerRecord:
+def _check_rest(rest: str, target: targets.Target) -> None:
+    if rest not in RESTS:
+        raise UsageError(f"rest: found {rest!r}; accepted: {', '.join(RESTS)}")
+    if rest == "int8" and int8.style(target) is None:
+        raise UsageError(
+            f"rest: int8 has no kernels for the family {target.family!r} of {target.name}; accepted: float32"
+        )
+
+
+def _record(layer: layers.Layer, choice: layers.Choice, config: LayerConfig | None, rest: Rest) -> LayerRecord:
+    """What became of a layer; where int8 was asked for and cannot be, the reason says that as well."""
     if config is None:
-        return LayerRecord(layer.name, layer.op, reason=choice.reason)
+        against = unbinarised.reason_for_float32(layer) if rest == "int8" else None
+        reason = choice.reason if against in (None, choice.reason) else f"{choice.reason}; {against}"
+        return LayerRecord(layer.name, layer.op, reason=reason, rest="float32" if against else rest)
     return LayerRecord(layer.name, layer.op, config.order, config.scale)
 
 
@@ -223,11 +275,12 @@ def _warn_of_relus(names: Sequence[str]) -> None:
         warnings.warn(
             f"order 1 behind a ReLU carries no information, every sign is +1: {listed}; use order 2, or binarise the"
             f" output of batch normalisation ({TRAINING})",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
 def _warn_of_nothing(choices: Mapping[str, layers.Choice], order: int | str | None) -> None:
-    if order != "float" and choices and all(choice.config is None for choice in choices.values()):
+    if order != "float" and all(choice.config is None for choice in choices.values()):
         reasons = sorted({choice.reason or "" for choice in choices.values()})
-        warnings.warn(f"no layer was rewritten: {'; '.join(reasons)}", stacklevel=3)
+        why = "; ".join(reasons) or "the model has no conv or dense layer"
+        warnings.warn(f"no layer was rewritten: {why}", stacklevel=3)

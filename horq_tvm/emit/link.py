@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from horq_tvm.errors import HorqError
@@ -83,27 +80,3 @@ def link(compiler: Sequence[str], family: str, folder: Path, objects: Sequence[s
 def _first_error(stderr: str) -> str:
     lines = stderr.strip().splitlines() or ["no message"]
     return next((line for line in lines if "error" in line or "undefined" in line), lines[0])
-
-
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A temporary name beside `out` that takes its place when the block ends well and vanishes when it does not.
-
-    HorqError where `out` cannot be written, before the block runs.
-    """
-    try:
-        if out.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp")
-    except OSError as error:
-        raise HorqError(f"cannot write {out}: {error.strerror}") from error
-    os.close(handle)
-    partial = Path(name)
-    partial.unlink()  # it was to see that we may write there; the linker makes it anew with the user's umask
-    try:
-        yield partial
-        partial.replace(out)
-    except OSError as error:
-        raise HorqError(f"cannot write {out}: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,12 +13,13 @@ import tvm
 from horq_tvm.emit import cpu_features, driver, kernels, link, memory
 from horq_tvm.emit.plan import CallPlan, lower, make_plan
 from horq_tvm.errors import HorqError
+from horq_tvm.files import replacing
 from horq_tvm.manifest import ByteCounts, Manifest
 from horq_tvm.runtime.elf import Elf
 from horq_tvm.runtime.loader import MANIFEST_SECTION
 from horq_tvm.specs import TensorSpec
 
-_PACKED_DTYPES = frozenset({"uint32", "int32"})
+_PACKED_DTYPES = frozenset({"uint32", "int32", "uint8"})  # words, the constants of borders, and bits laid out in bytes
 _ANY_SIZE = 10**12  # wider than any byte count to come
 
 
@@ -54,7 +55,7 @@ def standalone(
     compiler = link.find_compiler(target.compiler)
     questions = cpu_features.questions(target.family, target.features)
     manifest = replace(manifest, target=target.name, cpu_features=tuple(target.features))
-    with link.replacing(Path(out).absolute()) as partial, tempfile.TemporaryDirectory(prefix="horq-tvm-") as scratch:
+    with replacing(out) as partial, tempfile.TemporaryDirectory(prefix="horq-tvm-") as scratch:
         folder = Path(scratch)
         mod = lower(lowered)
         plan = make_plan(mod, step_names)
@@ -92,7 +93,7 @@ def _check_specs(kind: str, found: Sequence[tuple[tuple[int, ...], str]], specs:
 
 
 def _count_weights(plan: CallPlan) -> ByteCounts:
-    """Bytes of the constants; those that are only ever seen as 32-bit integers count as packed."""
+    """Bytes of the constants; those that are only ever seen as words or bytes of bits count as packed."""
     dtypes: dict[int, set[str]] = {}
     for view in plan.views:
         dtypes.setdefault(view.buffer, set()).add(view.dtype)

@@ -95,6 +95,7 @@ def convolution(
         x = reshape(emit, x, (*shape_of_x[:2], 1, shape_of_x[2]))
         weight = reshape(emit, weight, (*shape_of_w[:2], 1, shape_of_w[2]))
     planar = window.planar()
+    _need_a_window(shape(x), shape(weight)[2:], planar)
     named = emit(ops.name(weight, name=name))
     y = emit(
         relax.op.nn.conv2d(
@@ -236,7 +237,9 @@ def _pool(
             f"found pooling by {list(kernel)} of a {list(extents)} tensor; accepted are 1-D and 2-D pooling"
         )
     if len(kernel) == 2:
+        _need_a_window(extents, kernel, window)
         return emit(pool(x, kernel, window))
+    _need_a_window((*extents[:2], 1, extents[2]), (1, *kernel), window.planar())
     y = emit(pool(reshape(emit, x, (*extents[:2], 1, extents[2])), (1, *kernel), window.planar()))
     n, c, _, wo = shape(y)
     return reshape(emit, y, (n, c, wo))
@@ -266,6 +269,14 @@ def clip(emit: Emit, x: relax.Expr, low: float | None, high: float | None) -> re
     if high is not None and high < np.inf:
         x = emit(relax.op.minimum(x, relax.const(high, dtype)))
     return x
+
+
+def _need_a_window(image: Sequence[int], kernel: Sequence[int], window: Window) -> None:
+    """HorqError where not one window of `kernel` fits the padded image [N,C,H,W]: TVM goes on with a negative size."""
+    padded = [image[2 + axis] + window.padding[axis] + window.padding[2 + axis] for axis in (0, 1)]
+    spans = [window.dilation[axis] * (kernel[axis] - 1) + 1 for axis in (0, 1)]
+    if padded[0] < spans[0] or padded[1] < spans[1]:
+        raise HorqError(f"found an image of {padded} with its padding; accepted is no less than a window, {spans}")
 
 
 def _need_float32(name: str, *operands: relax.Expr) -> None:

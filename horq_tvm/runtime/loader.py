@@ -264,7 +264,7 @@ class LoadedModel:
         """Bytes of working memory that each call at the same time needs for intermediate tensors."""
         return int(self._library.horq_arena_bytes())
 
-    def __call__(self, *arrays: Array, **named: Array) -> dict[str, Array]:
+    def __call__(self, /, *arrays: Array, **named: Array) -> dict[str, Array]:
         """Runs the model on arrays in the inputs' order, or by input name, and returns the outputs by name.
 
         Arrays have the shape and dtype of `inputs`; one that is not contiguous is copied. UsageError names an input
@@ -278,7 +278,7 @@ class LoadedModel:
             self._contexts.give_back(context)
         return {slot.name: array for slot, array in zip(self._slots[1], call.outputs, strict=True)}
 
-    def profile(self, *arrays: Array, runs: int = 20, **named: Array) -> list[StepTime]:
+    def profile(self, /, *arrays: Array, runs: int = 20, **named: Array) -> list[StepTime]:
         """The kernel calls of the model in order, each with its median time over `runs` runs, after one to warm up."""
         if runs < 1:
             raise UsageError(f"runs is {runs}; accepted is 1 or more")

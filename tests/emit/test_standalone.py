@@ -214,7 +214,7 @@ def test_a_failed_build_leaves_the_old_library(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("out", "reason"),
-    [("missing/m.so", "No such file"), ("folder", "it is a folder"), ("file/m.so", "Not a directory")],
+    [("missing/m.so", "there is no folder"), ("folder", "it is a folder"), ("file/m.so", "there is no folder")],
 )
 def test_an_unwritable_path(tmp_path: Path, out: str, reason: str) -> None:
     (tmp_path / "folder").mkdir()
