@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from horq_tvm.errors import HorqError
-from horq_tvm.specs import Scale, TensorSpec
+from horq_tvm.specs import Rest, Scale, TensorSpec
 
 MANIFEST_VERSION = 1
 
@@ -21,6 +21,7 @@ class LayerRecord:
     """One conv or dense layer of the model.
 
     `order` and `scale` are None for a layer that stays float, and `reason` says why; it is None for a binarised one.
+    `rest` is the arithmetic of such a layer, None for a binarised one (and in libraries that do not tell).
     `schedule` is "tuned" where a database had a record of this workload and `records` counts those that it has.
     """
 
@@ -31,6 +32,7 @@ class LayerRecord:
     reason: str | None = None
     schedule: Literal["default", "tuned"] = "default"
     records: int = 0
+    rest: Rest | None = None
 
 
 @dataclass(frozen=True)

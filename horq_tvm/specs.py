@@ -9,6 +9,9 @@ Scale = Literal["patch", "sample", "static"]
 SCALES: tuple[Scale, ...] = ("patch", "sample", "static")
 MAX_ORDER = 8
 
+Rest = Literal["float32", "int8"]
+RESTS: tuple[Rest, ...] = ("float32", "int8")
+
 
 @dataclass(frozen=True)
 class TensorSpec:

@@ -28,6 +28,7 @@ from horq_tvm.targets import Target
 
 from . import blocks
 
+FAMILIES = frozenset({"x86"})
 LEAST_LANES = 4  # 128 bits of int32: the narrowest vector of both instructions
 VPDPBUSD = {4: "llvm.x86.avx512.vpdpbusd.128", 8: "llvm.x86.avx512.vpdpbusd.256", 16: "llvm.x86.avx512.vpdpbusd.512"}
 PMADDWD = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
@@ -38,7 +39,7 @@ PARALLEL_ELEMENTS = 1 << 16  # elements under which sharing a quantisation out c
 
 def style(target: Target) -> Int8Style | None:
     """Which of the two instructions a target has; None for a family without int8 kernels."""
-    if target.family != "x86":
+    if target.family not in FAMILIES:
         return None
     vnni = "avx512_vnni" in target.features or ("avx_vnni" in target.features and target.vector_bits <= 256)
     return "quads" if vnni else "pairs"
@@ -139,8 +140,9 @@ def _row(
         for first, count, lanes in _spans(run, spec.lanes):
             with T.grid(_index(count)) as k:
                 offset = k * lanes + first
-                value = x[(*source, _ramp(origin + offset, lanes))]
-                T.buffer_store(elements, _element(spec, value, lanes), [*target, _ramp(written + offset, lanes)])
+                read = (*source, _ramp(origin + offset, lanes))
+                element = _element(spec, x[read], lanes)
+                T.buffer_store(elements, element, [*target, _ramp(written + offset, lanes)])
 
 
 def _spans(length: int, widest: int) -> Iterator[tuple[int, int, int]]:

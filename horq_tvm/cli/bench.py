@@ -133,7 +133,7 @@ def _setting(layers: Sequence[LayerRecord]) -> dict[str, Any]:
     return {
         "order": orders.pop() if len(orders) == 1 else None,
         "scale": scales.pop() if len(scales) == 1 else None,
-        "rest": "float32",
+        "rest": "int8" if any(layer.rest == "int8" for layer in layers) else "float32",
         # A library does not tell whether its binary layers follow a ReLU.
         "activation": None,
     }

@@ -6,7 +6,7 @@ Reads the file, whatever machine it was built for; needs numpy alone.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from horq_tvm.cli import options
@@ -44,7 +44,8 @@ def describe(manifest: Mapping[str, Any]) -> str:
         *_tensors("input", manifest["inputs"]),
         *_tensors("output", manifest["outputs"]),
         f"size      {_sizes(manifest['bytes'])}",
-        f"layers    {len(layers)}, {len(rewritten)} of them binary",
+        f"layers    {len(layers)}, {len(rewritten)} of them binary{_int8_share(layers)}",
+        *_int8_cost(manifest.get("rest")),
     ]
     if layers:
         rows = [
@@ -52,7 +53,7 @@ def describe(manifest: Mapping[str, Any]) -> str:
                 layer["name"],
                 layer["op"],
                 layer["order"],
-                layer["scale"] or "float",
+                layer["scale"] or layer["rest"] or "float",
                 layer["schedule"],
                 layer["reason"] or "",
             )
@@ -64,6 +65,20 @@ def describe(manifest: Mapping[str, Any]) -> str:
         order = SLOWER_THAN_INT8_ORDER
         lines += ["", f"note: from order {order} on, int8 with VNNI is faster than the planes: {', '.join(slow)}"]
     return "\n".join(lines)
+
+
+def _int8_share(layers: Sequence[Mapping[str, Any]]) -> str:
+    count = sum(layer["rest"] == "int8" for layer in layers)
+    return f", {count} int8" if count else ""
+
+
+def _int8_cost(rest: Mapping[str, Any] | None) -> list[str]:
+    """What a build says of its int8 layers; a library does not carry it."""
+    if rest is None:
+        return []
+    cosine = "undefined" if rest["cosine"] is None else f"{rest['cosine']:.4f}"
+    agreement = f"top-1 {rest['agreement']:.0%}, cosine {cosine} against a float32 rest"
+    return [f"int8      {agreement}, on {rest['calibration']}, which gave the ranges"]
 
 
 def _tensors(label: str, specs: Iterable[Mapping[str, Any]]) -> list[str]:

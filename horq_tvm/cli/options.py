@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from horq_tvm.cli.arrays import read_npz
 from horq_tvm.errors import UsageError
-from horq_tvm.specs import MAX_ORDER, SCALES
+from horq_tvm.specs import MAX_ORDER, RESTS, SCALES
 
 Verbs = Any  # argparse's subparsers action has no public type
 FLOAT = "float"
@@ -56,7 +56,12 @@ def add_model_options(verb: Parser) -> None:
     )
     group.add_argument("--scale", choices=SCALES, help="where a plane's scale is taken (default: sample)")
     group.add_argument("--plan", metavar="PLAN.yaml", help="per-layer plan; it overrides --order and --scale")
-    group.add_argument("--calibration", metavar="X.npz", help="inputs by name, axis 0 the samples (for --scale static)")
+    group.add_argument(
+        "--calibration", metavar="X.npz", help="inputs by name, axis 0 the samples (for --scale static and --rest int8)"
+    )
+    group.add_argument(
+        "--rest", choices=RESTS, help="arithmetic of the layers that stay unbinarised (default: float32)"
+    )
     group.add_argument(
         "--input",
         type=_input_shape,
@@ -82,6 +87,7 @@ def build_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         "order": arguments.order,
         "scale": arguments.scale,
         "plan": arguments.plan,
+        "rest": arguments.rest,
         "taps": tuple(name for names in arguments.tap for name in names),
         "input_shapes": dict(arguments.input),
     }
