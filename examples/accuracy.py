@@ -41,21 +41,20 @@ class Result:
     epochs: int
     accuracy: float
     start: str | None
-    layers: tuple[dict[str, Any], ...]
+    approximation: tuple[dict[str, Any], ...]
     command: str
     hardware: str
 
-    @property
-    def quantisation_error(self) -> float:
-        """‖X − X̂‖²/‖X‖² of the activations, the mean over the HORQ layers."""
-        return statistics.fmean(layer["activations"] for layer in self.layers)
+    def lost(self, order: int, scale: str) -> float:
+        """‖X − X̂‖²/‖X‖² of its float activations by so many planes, the mean over the layers."""
+        return next(p["error"] for p in self.approximation if (p["order"], p["scale"]) == (order, scale))
 
 
 def read(path: Path) -> dict[str, Any]:
     """A result as train.py wrote it. Raises HorqError for any other file."""
     try:
         found = json.loads(path.read_text())
-        _result(path.stem, found)
+        result(path.stem, found)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -63,9 +62,9 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _result(name: str, found: dict[str, Any]) -> Result:
-    values = {key: found[key] for key in Result.__dataclass_fields__ if key not in ("name", "layers")}
-    return Result(name, **values, layers=tuple(found["layers"]))
+def result(name: str, found: dict[str, Any]) -> Result:
+    values = {key: found[key] for key in Result.__dataclass_fields__ if key not in ("name", "approximation")}
+    return Result(name, **values, approximation=tuple(found["approximation"]))
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------
@@ -79,6 +78,8 @@ def title(result: Result) -> str:
 def cifar10(results: Sequence[Result]) -> list[str]:
     """A row a run: accuracy, distance from the float network of the same name, and what it took."""
     runs = [r for r in results if r.dataset == "cifar10"]
+    if not runs:
+        return ["No results yet."]
     ranks = {"float": -2, "bw": -1}
     runs.sort(key=lambda r: (r.network, r.seed, ranks.get(str(r.order)) or -int(r.order) + 10, SCALES.index(r.scale)))
     floats = {(r.network, r.seed): r for r in runs if r.order == "float"}
@@ -106,6 +107,8 @@ def epochs_in_all(run: Result, by_name: dict[str, Result]) -> int:
 def mnist(results: Sequence[Result]) -> list[str]:
     """A row an order, a column a scale: test errors in percent, mean ± deviation over the seeds."""
     runs = [r for r in results if r.dataset == "mnist"]
+    if not runs:
+        return ["No results yet."]
     rows = [
         f"| test error, % | {' | '.join(SCALES)} | the paper |",
         "|---|--:|--:|--:|--:|",
@@ -130,17 +133,17 @@ def spread(runs: Sequence[Result]) -> str:
 
 
 def errors(results: Sequence[Result]) -> list[str]:
-    """A row an order, a column a dataset and scale: what the K planes lose of the activations, in percent."""
-    columns = sorted({(r.dataset, r.scale) for r in results if r.layers}, key=lambda c: (c[0], SCALES.index(c[1])))
+    """A row an order, a column a dataset and scale: what K planes lose of the same float activations, in percent."""
+    runs = [r for r in results if r.approximation]
+    if not runs:
+        return ["No results yet."]
+    columns = [(run, scale) for run in runs for scale in SCALES]
     rows = [
-        "| ‖X − X̂‖²/‖X‖², % | " + " | ".join(f"{dataset}, {scale}" for dataset, scale in columns) + " |",
+        "| ‖X − X̂‖²/‖X‖², % | " + " | ".join(f"{run.network}, {scale}" for run, scale in columns) + " |",
         "|---|" + "--:|" * len(columns),
     ]
-    for order in sorted({r.order for r in results if r.layers}):
-        cells = []
-        for column in columns:
-            runs = [r for r in results if r.order == order and (r.dataset, r.scale) == column]
-            cells.append(f"{100 * statistics.fmean(r.quantisation_error for r in runs):.1f}" if runs else "–")
+    for order in sorted({point["order"] for run in runs for point in run.approximation}):
+        cells = [f"{100 * run.lost(order, scale):.1f}" for run, scale in columns]
         rows.append(f"| K={order} | {' | '.join(cells)} |")
     return rows
 
@@ -195,7 +198,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     _draw_cifar10(axes[0], [r for r in results if r.dataset == "cifar10"])
     _draw_mnist(axes[1], [r for r in results if r.dataset == "mnist"])
-    _draw_errors(axes[2], [r for r in results if r.layers])
+    _draw_errors(axes[2], [r for r in results if r.approximation])
     for axis in axes:
         axis.set_xlabel("K")
         axis.grid(alpha=0.3)
@@ -238,13 +241,11 @@ def _draw_mnist(axis: Any, runs: Sequence[Result]) -> None:
 
 
 def _draw_errors(axis: Any, runs: Sequence[Result]) -> None:
-    axis.set_title("quantisation error ‖X − X̂‖²/‖X‖² (%)", fontsize=10)
-    for dataset in sorted({r.dataset for r in runs}):
+    axis.set_title("lost of the activations, ‖X − X̂‖²/‖X‖² (%)", fontsize=10)
+    for run in runs:
         for scale in SCALES:
-            own = [r for r in runs if (r.dataset, r.scale) == (dataset, scale)]
-            orders, values = _by_order(own, lambda r: 100 * r.quantisation_error)
-            if orders:
-                axis.semilogy(orders, [statistics.fmean(v) for v in values], "o-", label=f"{dataset}, {scale}")
+            orders = [point["order"] for point in run.approximation if point["scale"] == scale]
+            axis.semilogy(orders, [100 * run.lost(k, scale) for k in orders], ".-", label=f"{run.network}, {scale}")
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ def update(paths: Sequence[Path], docs: Path) -> int:
     known.update((path.stem, read(path)) for path in paths)
     if not known:
         raise UsageError(f"found no results: {store} is not there and no file is named")
-    results = [_result(name, found) for name, found in sorted(known.items())]
+    results = [result(name, found) for name, found in sorted(known.items())]
     text = with_tables(page.read_text(), results)
     with replacing(store) as partial:
         lines = (f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known))

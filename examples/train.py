@@ -39,7 +39,10 @@ from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.export import to_onnx
 from horq_tvm.files import replacing
 from horq_tvm.nn import freeze_scales, quantisation_error, warm_start
+from horq_tvm.nn.quantise import fitted_scales, quantise
 from horq_tvm.onnx_bits import pack_signs
+from horq_tvm.specs import MAX_ORDER, SCALES, Scale
+from horq_tvm.torch_ops import im2col, residual_scales
 
 # Pixels of padding that a crop moves in.
 CROP = 4
@@ -51,6 +54,7 @@ NORM_IMAGES = 6_400
 # Of the test set, after every epoch but the last, which is measured on all of it.
 GLIMPSED_IMAGES = 2_000
 MEASURED_IMAGES = 256
+APPROXIMATED_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -82,17 +86,14 @@ class Settings:
 
     @property
     def command(self) -> str:
-        """The command that makes this result again, in the default folder."""
-        words = [f"python examples/train.py {self.dataset} {self.network}"]
+        """The command that makes this result again, in the default folder; what is at its default is left out."""
+        usual, words = arguments([self.dataset, self.network]), []
         for field in dataclasses.fields(self)[2:]:
             value = getattr(self, field.name)
-            if field.name in ("start", "teacher"):
-                words += [f"--{field.name} runs/{value}"] if value else []
-            elif field.name == "bf16":
-                words += ["--bf16"] if value else []
-            else:
-                words.append(f"--{field.name} {value}")
-        return " ".join(words)
+            if field.name == "seed" or (value is not None and str(value) != str(getattr(usual, field.name))):
+                folder = f"{usual.out}/" if field.name in ("start", "teacher") else ""
+                words.append(f"--{field.name}" if value is True else f"--{field.name} {folder}{value}")
+        return " ".join([f"python examples/train.py {self.dataset} {self.network}", *words])
 
 
 @dataclass(frozen=True)
@@ -377,10 +378,47 @@ class Trainer:
             "images_per_second": self.settings.epochs * len(self.data) / seconds,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "layers": [dataclasses.asdict(error) for error in errors],
+            "approximation": approximation(self.model, batch[:APPROXIMATED_IMAGES]),
             "command": self.settings.command,
             "hardware": hardware(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
+
+
+@torch.no_grad()
+def approximation(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
+    """‖X − X̂‖²/‖X‖² of the float activations before binary weights, for every order and scale; means over the layers.
+
+    The orders are compared on the same X here, which those that were trained each on its own cannot be. `static` scales
+    are fitted to the images.
+    """
+    inputs: list[tuple[nn.Module, Tensor]] = []
+    layers = [m for m in model.modules() if isinstance(m, (zoo.BinaryWeightConv2d, zoo.BinaryWeightLinear))]
+    hooks = [m.register_forward_pre_hook(lambda m, x: inputs.append((m, x[0].clone()))) for m in layers]
+    model.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    return [
+        {"order": order, "scale": scale, "error": float(np.mean([lost(m, x, order, scale) for m, x in inputs]))}
+        for scale in SCALES
+        for order in range(1, MAX_ORDER + 1)
+        if inputs
+    ]
+
+
+def lost(layer: nn.Module, x: Tensor, order: int, scale: Scale) -> float:
+    """‖X − X̂‖²/‖X‖² of a layer's input; with `patch`, X is all its windows."""
+    axes = tuple(range(1, x.dim()))
+    if scale == "patch":
+        axes = (-1,)
+        if isinstance(layer, nn.Conv2d):
+            padding = (*layer.padding, *layer.padding)
+            x, axes = im2col(x, layer.kernel_size, layer.stride, padding, layer.dilation, layer.groups), (2,)
+    if scale == "static":
+        beta = fitted_scales(x, order).reshape(-1, *[1] * x.dim())
+    else:
+        beta = residual_scales(x, order, axes)
+    return float((x - quantise(x, beta)).square().sum() / x.square().sum())
 
 
 def hardware() -> str:

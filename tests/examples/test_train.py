@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from examples import train
 from horq_tvm import datasets, zoo
 from horq_tvm.errors import HorqError, UsageError
+from horq_tvm.specs import SCALES, Scale
 
 TRAIN, TEST = 320, 40
 
@@ -81,9 +82,7 @@ def test_a_run_from_start_to_files(tmp_path: Path) -> None:
     result = _run(tmp_path, "--order", "2", "--epochs", "4")
     assert result["accuracy"] > 0.9
     assert [record["epoch"] for record in result["history"]] == [1, 2, 3, 4]
-    assert result["command"].startswith(
-        "python examples/train.py mnist mnist --order 2 --scale static --epochs 4 --seed 0"
-    )
+    assert result["command"] == "python examples/train.py mnist mnist --epochs 4 --seed 0 --batch 32 --rate 0.01"
     assert json.loads((tmp_path / "mnist-k2-static-seed0.json").read_text()) == result
     (layer,) = result["layers"]
     assert 0 < layer["activations"] < 0.4
@@ -149,7 +148,9 @@ def test_warm_start_and_teacher(tmp_path: Path) -> None:
     assert len(files) == 2
     list(trainer.epochs(lambda: None))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("teacher-*.npy")} == files
-    assert trainer.finish()["start"] == "resnet20-k3-static-seed0.pt"
+    result = trainer.finish()
+    assert result["start"] == "resnet20-k3-static-seed0.pt"
+    assert " --start runs/resnet20-k3-static-seed0.pt --teacher runs/resnet20-float-seed0.pt" in result["command"]
     assert (tmp_path / "teacher-resnet20-k1-static-seed0.onnx").is_file()
 
 
@@ -260,3 +261,34 @@ def test_other_settings_in_the_same_folder(tmp_path: Path) -> None:
 def test_a_rate_that_is_too_high(tmp_path: Path) -> None:
     with pytest.raises(HorqError, match="the loss is nan in epoch 1; try a lower --rate"):
         _run(tmp_path, "--order", "float", "--rate", "1e30")
+
+
+@pytest.mark.parametrize("scale", ["sample", "patch"])
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 2, 3, padding=1), nn.Linear(5, 2)])
+def test_what_planes_lose_follows_the_norm_identity(layer: nn.Module, scale: Scale) -> None:
+    """‖R_K‖² = ‖X‖² − L·Σ β_i² wherever the means are the values' own (design: theory)."""
+    x = torch.randn(1, 3, 6, 6) if isinstance(layer, nn.Conv2d) else torch.randn(1, 5)
+    values = F.unfold(x, 3, padding=1)[0].T if scale == "patch" and x.dim() == 4 else x.reshape(1, -1)
+    explained, residual = torch.zeros(()), values
+    for order in (1, 2, 3):
+        beta = residual.abs().mean(1, keepdim=True)
+        explained = explained + values.shape[1] * beta.square().sum()
+        residual = residual - beta * torch.where(residual >= 0, 1.0, -1.0)
+        expected = 1 - explained / values.square().sum()
+        assert math.isclose(train.lost(layer, x, order, scale), expected.item(), rel_tol=1e-4)
+
+
+def test_fitted_scales_lose_less_than_means_do() -> None:
+    x, layer = torch.randn(1, 4096), nn.Linear(4096, 1)
+    assert math.isclose(train.lost(layer, x, 1, "static"), train.lost(layer, x, 1, "sample"), rel_tol=1e-3)
+    assert train.lost(layer, x, 3, "static") < 0.8 * train.lost(layer, x, 3, "sample")
+
+
+def test_binary_weights_tell_what_planes_would_lose(tmp_path: Path) -> None:
+    points = _run(tmp_path, "--order", "bw")["approximation"]
+    assert [(p["scale"], p["order"]) for p in points] == [(s, k) for s in SCALES for k in range(1, 9)]
+    for scale in SCALES:
+        errors = [p["error"] for p in points if p["scale"] == scale]
+        assert errors == sorted(errors, reverse=True)
+        assert 0 < errors[-1] < errors[0] < 1
+    assert _run(tmp_path, "--order", "float")["approximation"] == []

@@ -1,0 +1,260 @@
+"""Three engines on one trained network and the whole test set: PyTorch, ONNX Runtime, the compiled library.
+
+    python -m examples.engines cifar10 runs/resnet20-k2-static-seed0.pt [--images N] [--json FILE]
+
+Two engines' sums of floats differ in the last bit, and where a residual is as good as 0 such a bit flips a sign. So
+images are told apart: those on which every sign of every HORQ layer is equal in two engines, whose predictions must be
+equal and whose scores lie within 1e-5 of the largest, and the others, whose share is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+import horq_tvm
+from examples import train
+from horq_tvm import datasets
+from horq_tvm.errors import HorqError, UsageError
+from horq_tvm.export import to_onnx
+from horq_tvm.files import replacing
+from horq_tvm.nn import HorqConv2d, HorqLayer
+from horq_tvm.onnx_bits import pack_signs
+from horq_tvm.torch_ops import im2col, linear_mean_axes, planes_of, residual_scales
+
+BATCH = 100
+SCORES = "scores"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What an engine gave for a batch: scores float32 [N,classes], and the input of every HORQ layer, by its name."""
+
+    scores: np.ndarray
+    inputs: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two engines over all images.
+
+    `flipped` images are those on which a sign of some HORQ layer differs; `worst` is the greatest difference of a score
+    on the others, as a share of the image's largest.
+    """
+
+    engines: tuple[str, str]
+    images: int
+    equal_predictions: int
+    flipped: int
+    equal_predictions_unflipped: int
+    worst: float
+
+    @property
+    def holds(self) -> bool:
+        """Equal predictions on all images without a flip and on 99.9% of all, scores within 1e-5."""
+        unflipped = self.images - self.flipped
+        enough = self.equal_predictions >= 0.999 * self.images
+        return enough and self.equal_predictions_unflipped == unflipped and self.worst <= 1e-5
+
+
+class PyTorch:
+    """The model in eval mode, with hooks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self._inputs = model.eval(), {}
+        for name, layer in horq_layers(model).items():
+            layer.register_forward_pre_hook(lambda _, inputs, name=name: self._inputs.update({name: inputs[0].clone()}))
+
+    def __call__(self, images: Tensor) -> Trace:
+        with torch.inference_mode():
+            scores = self.model(images).numpy()
+        return Trace(scores, dict(self._inputs))
+
+
+class OnnxRuntime:
+    """The exported file, whose HORQ nodes' inputs are outputs as well."""
+
+    def __init__(self, model: onnx.ModelProto, names: Sequence[str]) -> None:
+        proto = onnx.ModelProto()
+        proto.CopyFrom(model)
+        nodes = {node.name: node for node in proto.graph.node}
+        self._names, self._values = list(names), [nodes[name].input[0] for name in names]
+        for value in dict.fromkeys(self._values):
+            proto.graph.output.append(onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._session = onnxruntime.InferenceSession(proto.SerializeToString(), options, ["CPUExecutionProvider"])
+
+    def __call__(self, images: Tensor) -> Trace:
+        scores, *values = self._session.run([SCORES, *self._values], {"image": images.numpy()})
+        return Trace(scores, {name: torch.from_numpy(v) for name, v in zip(self._names, values, strict=True)})
+
+
+class Library:
+    """The compiled library with taps on the HORQ layers, and the one without, which is what a user ships."""
+
+    def __init__(self, path: Path, model: nn.Module, image: Sequence[int]) -> None:
+        shapes, layers = {"image": (BATCH, *image)}, horq_layers(model)
+        self._layers, self._flattened = layers, flattened_images(model, image)
+        self._tapped = horq_tvm.build(path, "native", input_shapes=shapes, taps=list(layers)).load()
+        self._shipped = horq_tvm.build(path, "native", input_shapes=shapes).load()
+
+    def __call__(self, images: Tensor) -> Trace:
+        found = self._tapped(images.numpy())
+        inputs = {name: self._input(found[f"tap.{name}.input"], layer) for name, layer in self._layers.items()}
+        return Trace(found[SCORES], inputs)
+
+    def shipped(self, images: Tensor) -> Trace:
+        """Without taps, whose fused kernels keep no inputs to show."""
+        return Trace(self._shipped(images.numpy())[SCORES], {})
+
+    def _input(self, tap: np.ndarray, layer: HorqLayer) -> Tensor:
+        """A tap as the layer's module has it: channels come last in a library, in a flattened image too."""
+        if isinstance(layer, HorqConv2d):
+            return torch.from_numpy(np.ascontiguousarray(np.moveaxis(tap, 3, 1)))
+        rows = tap.reshape(len(tap), -1)
+        if rows.shape[1] in self._flattened:
+            channels, *extents = self._flattened[rows.shape[1]]
+            rows = np.moveaxis(rows.reshape(-1, *extents, channels), 3, 1).reshape(rows.shape)
+        return torch.from_numpy(np.ascontiguousarray(rows))
+
+
+def horq_layers(model: nn.Module) -> dict[str, HorqLayer]:
+    """The HORQ layers by name. Raises UsageError where there are none."""
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, HorqLayer)}
+    if not found:
+        raise UsageError("the checkpoint holds no HORQ layer; accepted: one of an order K")
+    return found
+
+
+def flattened_images(model: nn.Module, image: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """The shapes [C,H,W] of the images that the model flattens, by the number of their values."""
+    shapes: dict[int, tuple[int, ...]] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, x: shapes.update({x[0][0].numel(): tuple(x[0].shape[1:])}))
+        for layer in model.modules()
+        if isinstance(layer, nn.Flatten)
+    ]
+    with torch.inference_mode():
+        model.eval()(torch.zeros(1, *image))
+    for hook in hooks:
+        hook.remove()
+    return shapes
+
+
+def signs(layer: HorqLayer, x: Tensor) -> Tensor:
+    """The planes of a layer's input x[N,...] as bool [N, ...]."""
+    values, axes = x, linear_mean_axes(x.dim(), layer.scale)
+    if isinstance(layer, HorqConv2d):
+        axes = (1, 2, 3)
+        if layer.scale == "patch":
+            values = im2col(x, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+            axes = (2,)
+    if layer.beta is None:
+        beta = residual_scales(values, layer.order, axes)
+    else:
+        beta = layer.beta.detach().reshape(-1, *[1] * values.dim())
+    return torch.stack(list(planes_of(values, beta)), 1) > 0
+
+
+class Tally:
+    """Counts, batch by batch, what becomes the Agreement of two engines."""
+
+    def __init__(self, first: str, second: str) -> None:
+        self._engines = (first, second)
+        self._images = self._equal = self._flipped = self._equal_unflipped = 0
+        self._worst = 0.0
+
+    def add(self, one: Trace, other: Trace, layers: Mapping[str, HorqLayer]) -> None:
+        flipped = torch.zeros(len(one.scores), dtype=torch.bool)
+        for name in one.inputs.keys() & other.inputs.keys():
+            differ = signs(layers[name], one.inputs[name]) != signs(layers[name], other.inputs[name])
+            flipped |= differ.flatten(1).any(1)
+        same = ~flipped.numpy()
+        equal = one.scores.argmax(1) == other.scores.argmax(1)
+        apart = np.abs(one.scores - other.scores).max(1) / np.abs(one.scores).max(1)
+        self._images += len(same)
+        self._equal += int(equal.sum())
+        self._flipped += int((~same).sum())
+        self._equal_unflipped += int(equal[same].sum())
+        self._worst = max(self._worst, float(apart[same].max(initial=0.0)))
+
+    def agreement(self) -> Agreement:
+        return Agreement(self._engines, self._images, self._equal, self._flipped, self._equal_unflipped, self._worst)
+
+
+def compare(model: nn.Module, data: train.Images, images: int, folder: Path) -> list[Agreement]:
+    """Every pair of the engines on the first so many test images, a multiple of BATCH."""
+    layers = horq_layers(model)
+    proto = to_onnx(
+        model, data.normalised(data.test[:1]), folder / "model.onnx", ["image"], [SCORES], dynamic_batch=True
+    )
+    packed = pack_signs(proto)
+    (folder / "packed.onnx").write_bytes(packed.SerializeToString())
+    runtime, pytorch = OnnxRuntime(packed, list(layers)), PyTorch(model)
+    library = Library(folder / "packed.onnx", model, data.test.shape[1:])
+    pairs = [("PyTorch", "ONNX Runtime"), ("PyTorch", "horq-tvm"), ("ONNX Runtime", "horq-tvm")]
+    tallies = {pair: Tally(*pair) for pair in [*pairs, ("PyTorch", "horq-tvm, fused")]}
+    for batch in data.test[:images].split(BATCH):
+        x = data.normalised(batch)
+        traces = {"PyTorch": pytorch(x), "ONNX Runtime": runtime(x), "horq-tvm": library(x)}
+        # Its kernels are other ones, but the signs on which it depends are those of the tapped library or PyTorch's.
+        traces["horq-tvm, fused"] = Trace(library.shipped(x).scores, traces["horq-tvm"].inputs)
+        for pair, tally in tallies.items():
+            tally.add(traces[pair[0]], traces[pair[1]], layers)
+    return [tally.agreement() for tally in tallies.values()]
+
+
+def table(agreements: Sequence[Agreement]) -> str:
+    """Lines of Markdown."""
+    lines = ["| engines | equal predictions | images with a flipped sign | of the others: equal, worst score |"]
+    lines.append("|---|--:|--:|--:|")
+    for a in agreements:
+        equal, flipped = a.equal_predictions / a.images, a.flipped / a.images
+        others = f"{a.equal_predictions_unflipped} of {a.images - a.flipped}, {a.worst:.1e}"
+        lines.append(f"| {' and '.join(a.engines)} | {equal:.2%} | {flipped:.2%} | {others} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=list(datasets.SOURCES))
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--images", type=int, default=10_000, help=f"of the test set, in steps of {BATCH}")
+    parser.add_argument("--data", type=Path, help="folder with the dataset's files (default: fetched into the cache)")
+    parser.add_argument("--json", type=Path, help="write the counts to this file too")
+    given = parser.parse_args(argv)
+    if given.images < BATCH or given.images % BATCH:
+        parser.error(f"--images {given.images}; accepted: a multiple of {BATCH}")
+    torch.set_num_threads(1)
+    try:
+        settings = train.read_checkpoint(given.checkpoint)["settings"]
+        model = train.restored(given.checkpoint, settings["network"])
+        data = train.Images(datasets.load(given.dataset, given.data), seed=0, views=1)
+        with tempfile.TemporaryDirectory() as folder:
+            agreements = compare(model, data, given.images, Path(folder))
+        if given.json:
+            records: list[dict[str, Any]] = [{"network": given.checkpoint.stem, **asdict(a)} for a in agreements]
+            with replacing(given.json) as partial:
+                partial.write_text(json.dumps(records, indent=1) + "\n")
+    except HorqError as error:
+        print(f"engines: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    print(table(agreements))
+    return 0 if all(a.holds for a in agreements) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

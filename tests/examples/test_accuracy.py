@@ -1,0 +1,155 @@
+"""Tables and picture from made-up results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples import accuracy
+from horq_tvm.errors import HorqError, UsageError
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = """Text.
+
+<!-- cifar10 -->
+old
+<!-- /cifar10 -->
+<!-- mnist --><!-- /mnist -->
+<!-- errors --><!-- /errors -->
+End.
+"""
+
+
+def _found(dataset: str, order: int | str, right: float, **changed: Any) -> dict[str, Any]:
+    errors = {"static": 0.5, "sample": 0.25, "patch": 0.125}
+    points = [{"order": k, "scale": s, "error": e**k} for s, e in errors.items() for k in (1, 2)]
+    return {
+        "dataset": dataset,
+        "network": "resnet20" if dataset == "cifar10" else "mnist",
+        "order": order,
+        "scale": "static",
+        "seed": 0,
+        "epochs": 3,
+        "accuracy": right,
+        "start": None,
+        "approximation": points if order == "bw" else [],
+        "command": f"train {dataset} {order} {changed.get('scale')} --seed {changed.get('seed', 0)}",
+        "hardware": "a machine, 1 threads",
+        **changed,
+    }
+
+
+RESULTS = {
+    "resnet20-float-seed0": _found("cifar10", "float", 0.9),
+    "resnet20-bw-seed0": _found("cifar10", "bw", 0.89, start="resnet20-float-seed0.pt"),
+    "resnet20-k3-static-seed0": _found("cifar10", 3, 0.88, start="resnet20-float-seed0.pt"),
+    "resnet20-k2-static-seed0": _found("cifar10", 2, 0.871, start="resnet20-k3-static-seed0.pt", epochs=2),
+    "mnist-k1-static-seed0": _found("mnist", 1, 0.98),
+    "mnist-k1-static-seed1": _found("mnist", 1, 0.982, seed=1),
+    "mnist-k1-patch-seed0": _found("mnist", 1, 0.985, scale="patch"),
+    "mnist-float-seed0": _found("mnist", "float", 0.99),
+}
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "accuracy.md").write_text(PAGE)
+    return folder
+
+
+def _files(folder: Path, results: dict[str, Any]) -> list[Path]:
+    for name, found in results.items():
+        (folder / f"{name}.json").write_text(json.dumps(found))
+    return [folder / f"{name}.json" for name in results]
+
+
+def test_tables(docs: Path, tmp_path: Path) -> None:
+    assert accuracy.update(_files(tmp_path, RESULTS), docs) == len(RESULTS)
+    page = (docs / "accuracy.md").read_text()
+    assert page.startswith("Text.\n\n<!-- cifar10 -->\n\n| network |")
+    assert page.endswith("<!-- /errors -->\nEnd.\n")
+    assert "old" not in page
+    rows = [line for line in page.splitlines() if line.startswith("| resnet20")]
+    assert rows == [
+        "| resnet20 | float | 90.00 |  |  | 3 (3) |",
+        "| resnet20 | binary weights, float activations (K → ∞) | 89.00 | 1.00 |  | 3 (6) |",
+        "| resnet20 | HORQ K=3, static | 88.00 | 2.00 | ≤ 1.5 | 3 (6) |",
+        "| resnet20 | HORQ K=2, static | 87.10 | 2.90 | ≤ 2.0 | 2 (8) |",
+    ]
+    # 2.0 and 1.8: mean 1.9, deviation 0.1·√2
+    assert "| K=1 | 1.90 ± 0.14 (2) | – | 1.50 (1) | 1.96 |" in page
+    assert "| float | 1.00 (1) | | | |" in page
+    assert "| K=2 | 25.0 | 6.2 | 1.6 |" in page
+    assert "train mnist 1 None --seed SEED  # SEED in 0, 1" in page
+    assert "train cifar10 3 None --seed 0" in page
+    assert page.count("On a machine, 1 threads:") == 2
+
+
+def test_made_again_from_what_it_keeps(docs: Path, tmp_path: Path) -> None:
+    """The same bytes, picture included, without the files of the runs."""
+    accuracy.update(_files(tmp_path, RESULTS), docs)
+    first = {path.name: path.read_bytes() for path in docs.iterdir()}
+    assert sorted(first) == ["accuracy.json", "accuracy.md", "accuracy.png"]
+    assert first["accuracy.png"].startswith(b"\x89PNG")
+    assert len(first["accuracy.png"]) < 100_000
+    accuracy.update([], docs)
+    assert {path.name: path.read_bytes() for path in docs.iterdir()} == first
+
+
+def test_a_newer_result_takes_the_place_of_the_older(docs: Path, tmp_path: Path) -> None:
+    accuracy.update(_files(tmp_path, RESULTS), docs)
+    better = {"mnist-float-seed0": _found("mnist", "float", 0.995)}
+    assert accuracy.update(_files(tmp_path, better), docs) == len(RESULTS)
+    assert "| float | 0.50 (1) | | | |" in (docs / "accuracy.md").read_text()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"dataset": "mnist"}'])
+def test_file_that_is_no_result(docs: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(HorqError, match="x.json: found no result of train.py"):
+        accuracy.update([tmp_path / "x.json"], docs)
+    assert (docs / "accuracy.md").read_text() == PAGE
+
+
+def test_mistakes(docs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="found no results: .*accuracy.json is not there"):
+        accuracy.update([], docs)
+    with pytest.raises(UsageError, match="nothing.json: cannot be read"):
+        accuracy.update([tmp_path / "nothing.json"], docs)
+    with pytest.raises(UsageError, match="accuracy.md: there is no such page"):
+        accuracy.update([], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mark", "message"),
+    [
+        ("<!-- svhn --><!-- /svhn -->", "a table 'svhn'; accepted: cifar10, mnist, errors"),
+        ("<!-- mnist -->", "found 1 marks of tables of which 0 are closed"),
+    ],
+)
+def test_marks(docs: Path, tmp_path: Path, mark: str, message: str) -> None:
+    (docs / "accuracy.md").write_text(mark)
+    with pytest.raises(UsageError, match=message):
+        accuracy.update(_files(tmp_path, RESULTS), docs)
+
+
+def test_the_page_is_what_its_results_make() -> None:
+    """The committed tables are not edited by hand."""
+    known = json.loads((ROOT / "docs/accuracy.json").read_text())
+    results = [accuracy.result(name, found) for name, found in known.items()]
+    page = (ROOT / "docs/accuracy.md").read_text()
+    assert accuracy.with_tables(page, results) == page
+
+
+def test_command_line(docs: Path) -> None:
+    command = [sys.executable, "examples/accuracy.py", "nothing.json", "--docs", str(docs)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "accuracy.py: nothing.json: cannot be read: No such file or directory\n"

@@ -1,0 +1,120 @@
+"""The comparison of engines: what it counts, and that it is fooled by nothing that a broken engine would give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from examples import engines
+from horq_tvm import datasets, zoo
+from horq_tvm.nn import HorqConv2d
+
+torch.set_num_threads(1)
+
+
+def _tiny(layers: zoo.Layers, classes: int) -> nn.Module:
+    """A HORQ conv and a HORQ dense layer behind a flatten, whose order of channels an engine may choose."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, 2),
+        nn.BatchNorm2d(6),
+        layers.conv(6, 5, 2),
+        nn.BatchNorm2d(5),
+        nn.Flatten(),
+        layers.linear(5 * 2 * 2, 8),
+        nn.Linear(8, classes),
+    )
+
+
+@pytest.fixture(autouse=True)
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (200, 1, 8, 8)).astype(np.uint8)
+    labels = np.zeros(200, np.int64)
+    monkeypatch.setattr(datasets, "load", lambda *_: datasets.Dataset("mnist", images, labels, images, labels))
+    monkeypatch.setitem(zoo.NETWORKS, "mnist", zoo.Architecture(_tiny, (1, 8, 8), 10))
+    monkeypatch.setattr(engines, "BATCH", 50)
+
+
+def _checkpoint(folder: Path, order: zoo.Order, scale: str = "static") -> Path:
+    torch.manual_seed(0)
+    model = zoo.build("mnist", order, scale).train()
+    for _ in range(20):
+        model(torch.randn(20, 1, 8, 8))
+    settings = {"network": "mnist", "order": order, "scale": scale}
+    path = folder / "tiny.pt"
+    torch.save({"settings": settings, "model": model.state_dict(), "epoch": 1, "optimiser": {}, "history": []}, path)
+    return path
+
+
+@pytest.mark.parametrize("scale", ["static", "sample", "patch"])
+def test_engines_agree(tmp_path: Path, scale: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = _checkpoint(tmp_path, 2, scale), tmp_path / "x.json"
+    assert engines.main(["mnist", str(path), "--images", "200", "--json", str(out)]) == 0
+    records = json.loads(out.read_text())
+    assert [r["engines"][1] for r in records] == ["ONNX Runtime", "horq-tvm", "horq-tvm", "horq-tvm, fused"]
+    assert all(r["images"] == 200 and r["flipped"] <= 2 and 0 <= r["worst"] < 1e-5 for r in records)
+    assert capsys.readouterr().out.count("100.00% |") == 4
+
+
+def _trace(scores: list[list[float]], x: Tensor) -> engines.Trace:
+    return engines.Trace(np.array(scores, np.float32), {"conv": x})
+
+
+def _tally(change: Callable[[np.ndarray, Tensor], None]) -> engines.Agreement:
+    """Two images in two engines of which the second one's scores and inputs are changed in place."""
+    layer = HorqConv2d(2, 1, 1, order=2, scale="sample").eval()
+    x = torch.tensor([[1.0, -3.0], [2.0, 5.0]]).reshape(2, 2, 1, 1)
+    scores = [[4.0, 1.0], [-8.0, 2.0]]
+    one, other = _trace(scores, x), _trace(scores, x.clone())
+    change(other.scores, other.inputs["conv"])
+    tally = engines.Tally("a", "b")
+    tally.add(one, other, {"conv": layer})
+    return tally.agreement()
+
+
+def test_equal_engines() -> None:
+    assert _tally(lambda scores, x: None) == engines.Agreement(("a", "b"), 2, 2, 0, 2, 0.0)
+
+
+def test_a_score_is_measured_against_the_largest_of_its_image() -> None:
+    def change(scores: np.ndarray, x: Tensor) -> None:
+        scores[1, 1] += 0.5
+
+    found = _tally(change)
+    assert found == engines.Agreement(("a", "b"), 2, 2, 0, 2, 0.0625)
+    assert not found.holds
+
+
+def test_a_flip_excuses_its_image_alone() -> None:
+    def change(scores: np.ndarray, x: Tensor) -> None:
+        x[0, 0] = -1.0
+        scores[0] = (0, 9)
+
+    found = _tally(change)
+    assert found == engines.Agreement(("a", "b"), 2, 1, 1, 1, 0.0)
+    assert not found.holds  # half of the predictions is less than 99.9%
+
+
+def test_another_prediction_without_a_flip() -> None:
+    def change(scores: np.ndarray, x: Tensor) -> None:
+        scores[0] = scores[0, ::-1].copy()
+
+    assert not _tally(change).holds
+
+
+def test_signs_of_later_planes_count() -> None:
+    """What tells two inputs of the same first plane apart."""
+    layer = HorqConv2d(2, 1, 1, order=2, scale="sample").eval()
+    planes = engines.signs(layer, torch.tensor([[1.0, -3.0], [3.0, -1.0]]).reshape(2, 2, 1, 1))
+    # [image, plane, channel]: β_1 = 2 leaves (−1, −1) of the first image and (1, 1) of the second.
+    assert planes.flatten(2).tolist() == [[[True, False], [False, False]], [[True, False], [True, True]]]
+
+
+def test_a_network_without_horq_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert engines.main(["mnist", str(_checkpoint(tmp_path, "float"))]) == 2
+    assert "holds no HORQ layer; accepted: one of an order K" in capsys.readouterr().err
