@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from horq_tvm import reference
 from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.export import export_program, to_onnx
-from horq_tvm.nn import HorqConv2d
-from horq_tvm.specs import Scale
+from horq_tvm.nn import HorqConv2d, HorqLinear
+from horq_tvm.specs import SCALES, Scale
 from tests.networks import HORQ_LAYERS, binary_weight, cifar_images, cifar_resnet, cifar_resnet_float
 
 torch.set_num_threads(1)
@@ -97,7 +97,7 @@ def test_weights_changed_since_eval_are_the_ones_exported() -> None:
 # ONNX -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", ["sample", "static"])
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("order", [1, 3])
 def test_onnx_runtime_computes_a_layer_as_the_reference_does(scale: Scale, order: int, tmp_path: Path) -> None:
     torch.manual_seed(order)
@@ -125,7 +125,26 @@ def test_onnx_runtime_computes_a_layer_as_the_reference_does(scale: Scale, order
     assert not np.any((np.abs(y - expected.output) > expected.tolerance) & ~expected.doubtful)
 
 
-@pytest.mark.parametrize("scale", ["sample", "static"])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("shape", [(5, 20), (2, 3, 20), (2, 1, 3, 20)])
+def test_onnx_runtime_computes_a_dense_layer_as_the_reference_does(
+    scale: Scale, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    layer, x = HorqLinear(20, 7, bias=True, order=2, scale=scale), torch.randn(shape)
+    nn.init.normal_(layer.bias)
+    layer(x)
+    proto = to_onnx(layer, x, tmp_path / "layer.onnx", ["x"])
+    assert [(node.op_type, node.overload) for node in proto.graph.node] == [("HorqLinear", f"{scale}_2")]
+    y = _run(tmp_path / "layer.onnx", x=x)
+    weight, alpha = binary_weight(layer)
+    beta = None if layer.beta is None else layer.beta.detach().numpy()
+    expected = reference.dense(x.numpy(), weight, alpha, beta, layer.bias.detach().numpy(), order=2, scale=scale)
+    assert y.shape == expected.output.shape
+    assert not np.any((np.abs(y - expected.output) > expected.tolerance) & ~expected.doubtful)
+
+
+@pytest.mark.parametrize("scale", SCALES)
 def test_onnx_runtime_runs_the_network(scale: Scale, tmp_path: Path) -> None:
     model, x = cifar_resnet(2, scale), cifar_images(64, seed=9)
     to_onnx(model, x, tmp_path / "model.onnx", ["image"], ["scores"])

@@ -114,7 +114,7 @@ def _never_negative(steps: Sequence[_Step]) -> set[fx.Node]:
     positive: set[fx.Node] = set()
     for step in steps:
         kept = step.op in _SIGN_KEPT or (step.op in _ARITHMETIC and not _has_negative_number(step.node))
-        kept = kept and step.sources and all(source in positive for source in step.sources)
+        kept = kept and bool(step.sources) and all(source in positive for source in step.sources)
         clipped = step.least is not None and step.least >= 0
         if kept or clipped or step.op in _NEVER_NEGATIVE:
             positive.add(step.node)
