@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -85,8 +86,13 @@ def _our_warnings_only(debug: bool) -> Iterator[None]:
     if debug:
         yield
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", module=r"horq_tvm(\.|$)")
-        warnings.showwarning = show
-        yield
+    silent = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # ONNX Runtime's quantiser logs on the root logger
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", module=r"horq_tvm(\.|$)")
+            warnings.showwarning = show
+            yield
+    finally:
+        logging.disable(silent)

@@ -76,7 +76,7 @@ def add_model_options(verb: Parser) -> None:
         nargs="+",
         default=[],
         metavar="LAYER",
-        help="also output a layer's input, scales, planes and output",
+        help="also output a layer's input, scales, planes and output; stands behind MODEL",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,21 @@ def test_a_failure_is_one_line(
     assert text in error_line(capsys)
     main([*words, "--debug"])
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_what_libraries_log_is_for_debugging(
+    build: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def noisy(*arguments: Any, **options: Any) -> Recorder:
+        logging.warning("axis out of range")
+        return build(*arguments, **options)
+
+    monkeypatch.setitem(vars(horq_tvm), "build", noisy)
+    words = ["build", "m.onnx", "-o", str(tmp_path / "m.so")]
+    assert main(words) == 0
+    assert caplog.messages == []
+    assert main([*words, "--debug"]) == 0
+    assert caplog.messages == ["axis out of range"]
 
 
 def test_the_parser_imports_nothing_heavy() -> None:
