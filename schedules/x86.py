@@ -26,6 +26,7 @@ def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | 
     if not reductions:
         return None
     popcount = blocks.name(sch, reductions[0]).startswith("popcount")
+    in_pairs = blocks.name(sch, reductions[0]).startswith("dot") and int8.style(target) == "pairs"
     in_bytes = blocks.name(sch, reductions[0]).startswith("flush")  # nibble.py: 16-bit sums, the start added afterwards
     for block in reductions if not in_bytes else ():
         blocks.fuse_start(sch, block)
@@ -38,7 +39,8 @@ def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | 
         width=width,
         blocks=per_group,
         lanes=lanes,
-        registers=target.vector_registers - (2 if popcount and target.popcount != "vpopcntdq" else 0),
+        # What is counted or multiplied before it is added needs a register of its own, or two.
+        registers=target.vector_registers - (2 if in_pairs or (popcount and target.popcount != "vpopcntdq") else 0),
         latency=8,
         q_multiple=max(1, 32 // lanes) if packs else 1,
         per_step=0.75 if popcount else 0.5,
