@@ -7,7 +7,7 @@ with α·B, with straight-through gradients. In eval it is `torch.ops.horq.horq_
 which is what `torch.export` keeps and what the compiler reproduces. `docs/training.md` says how to use it.
 """
 
-from horq_tvm.nn.activations import RPReLU, RSign
+from horq_tvm.nn.activations import PReLU, RPReLU, RSign
 from horq_tvm.nn.convert import convert
 from horq_tvm.nn.error import LayerError, quantisation_error
 from horq_tvm.nn.layers import HorqConv2d, HorqLayer, HorqLinear
@@ -22,6 +22,7 @@ __all__ = [
     "HorqLayer",
     "HorqLinear",
     "LayerError",
+    "PReLU",
     "RPReLU",
     "RSign",
     "convert",

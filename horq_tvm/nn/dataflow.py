@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from horq_tvm.errors import UsageError
-from horq_tvm.nn.activations import RPReLU, RSign
+from horq_tvm.nn.activations import PReLU, RPReLU, RSign
 from horq_tvm.nn.layers import HorqLayer
 
 # Operators by name, whichever form a trace has them in: a module's class, a function, a method, an ATen operator.
@@ -132,7 +132,9 @@ class _Tracer(fx.Tracer):
     """Layers and the activations of `horq_tvm.nn` are one node each."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, (*_LAYER_MODULES, RSign, RPReLU)) or super().is_leaf_module(module, qualified_name)
+        return isinstance(module, (*_LAYER_MODULES, PReLU, RSign, RPReLU)) or super().is_leaf_module(
+            module, qualified_name
+        )
 
 
 def _traced(model: nn.Module) -> list[_Step]:

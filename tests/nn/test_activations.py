@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from horq_tvm.nn import HorqConv2d, RPReLU, RSign
+from horq_tvm.nn import HorqConv2d, PReLU, RPReLU, RSign
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 4), (3, 5, 4, 2)])
@@ -35,3 +35,25 @@ def test_the_shift_is_learned_through_the_layer_behind_it() -> None:
     model = nn.Sequential(RSign(4), HorqConv2d(4, 3, 3))
     model(torch.randn(2, 4, 5, 5)).square().sum().backward()
     assert model[0].shift.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 4, 2)])
+@pytest.mark.parametrize("slopes", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prelu_is_pytorchs_with_its_gradients(shape: tuple[int, ...], slopes: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ours, theirs = PReLU(slopes), nn.PReLU(slopes)
+    nn.init.normal_(ours.weight)
+    theirs.load_state_dict(ours.state_dict())
+    x, g = torch.randn(shape).to(dtype), torch.randn(shape)
+    x[0] = 0
+    found, expected = x.clone().requires_grad_(), x.float().requires_grad_()
+    y, z = ours(found), theirs(expected)
+    (y * g).sum().backward()
+    (z * g).sum().backward()
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, z)
+    torch.testing.assert_close(found.grad, expected.grad.to(dtype))
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.eval()(x.float()), z)
+    assert any(n.target is torch.ops.aten.prelu.default for n in torch.export.export(ours, (x.float(),)).graph.nodes)
