@@ -82,8 +82,10 @@ def cifar10(results: Sequence[Result]) -> list[str]:
         return ["No results yet."]
     ranks = {"float": -2, "bw": -1}
     runs.sort(key=lambda r: (r.network, r.seed, ranks.get(str(r.order)) or -int(r.order) + 10, SCALES.index(r.scale)))
-    floats = {(r.network, r.seed): r for r in runs if r.order == "float"}
     by_name = {r.name: r for r in runs}
+    # Where there are two, the one that was trained for longer.
+    longest = sorted((r for r in runs if r.order == "float"), key=lambda r: epochs_in_all(r, by_name))
+    floats = {(r.network, r.seed): r for r in longest}
     rows = [
         "| network | layers | accuracy, % | points below float | reported | epochs (with those it started from) |",
         "|---|---|--:|--:|--:|--:|",

@@ -4,9 +4,10 @@
     python examples/train.py cifar10 resnet20 --order 2 --scale static --epochs 5 --out runs \\
         --teacher runs/resnet20-float-seed0.pt --start runs/resnet20-k3-static-seed0.pt
 
-Writes NAME.pt after every epoch, from which the same command goes on if it was stopped, and at the end NAME.onnx and
-NAME.json (accuracies, times, the command, the machine; examples/accuracy.py makes tables of them). With a teacher,
-teacher-NAME.onnx is its float network. Everything random follows from --seed and the number of the epoch.
+Writes NAME.pt after every epoch, from which the same command goes on if it was stopped, and at the end NAME.onnx,
+which takes pixels from 0 to 255, and NAME.json (accuracies, times, the command, the machine; examples/accuracy.py makes
+tables of them). With a teacher, teacher-NAME.onnx is its float network. Everything random follows from --seed and the
+number of the epoch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import pickle
 import platform
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,7 @@ from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.export import to_onnx
 from horq_tvm.files import replacing
 from horq_tvm.nn import freeze_scales, quantisation_error, warm_start
+from horq_tvm.nn.memory import keep_freed_memory
 from horq_tvm.nn.quantise import fitted_scales, quantise
 from horq_tvm.onnx_bits import pack_signs
 from horq_tvm.specs import MAX_ORDER, SCALES, Scale
@@ -75,6 +78,7 @@ class Settings:
     bf16: bool
     start: str | None
     teacher: str | None
+    tag: str
 
     @property
     def label(self) -> str:
@@ -82,7 +86,7 @@ class Settings:
 
     @property
     def name(self) -> str:
-        return f"{self.network}-{self.label}-seed{self.seed}"
+        return "-".join([self.network, self.label, f"seed{self.seed}", *([self.tag] if self.tag else [])])
 
     @property
     def command(self) -> str:
@@ -125,8 +129,8 @@ class Images:
         self.train, self.labels = torch.tensor(data.train_images), torch.tensor(data.train_labels)
         self.test, self.test_labels = torch.tensor(data.test_images), torch.tensor(data.test_labels)
         values = data.train_images[::10].astype(np.float32)
-        self._mean = torch.from_numpy(values.mean((0, 2, 3), keepdims=True))
-        self._deviation = torch.from_numpy(values.std((0, 2, 3), keepdims=True))
+        self.mean = torch.from_numpy(values.mean((0, 2, 3), keepdims=True))
+        self.deviation = torch.from_numpy(values.std((0, 2, 3), keepdims=True))
         if self.augment:
             height, width = self.train.shape[2:]
             padded = F.pad(self.train, [CROP] * 4)
@@ -138,7 +142,7 @@ class Images:
 
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 → float32 of mean 0 and deviation 1 by channel."""
-        return (images - self._mean) / self._deviation
+        return (images - self.mean) / self.deviation
 
     def view(self, number: int, rows: Tensor) -> Tensor:
         """The rows of one view of the training images, float32."""
@@ -212,6 +216,23 @@ def estimate_norms(model: nn.Module, data: Images, batch: int) -> None:
     for norm in norms:
         norm.momentum = 0.1
     model.eval()
+
+
+class Normalise(nn.Module):
+    """Pixels float32 [N,C,H,W], 0 to 255, to what the network was trained on."""
+
+    def __init__(self, data: Images) -> None:
+        super().__init__()
+        self.register_buffer("mean", data.mean)
+        self.register_buffer("scale", 1 / data.deviation)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return (image - self.mean) * self.scale
+
+
+def of_pixels(model: nn.Module, data: Images) -> nn.Module:
+    """The network as it is shipped, with the normalisation in it; its layers keep their names."""
+    return nn.Sequential(OrderedDict(normalise=Normalise(data), **dict(model.named_children()))).eval()
 
 
 class Teacher:
@@ -352,14 +373,14 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Export, measure, and write the JSON, which says that the run is complete; returns it."""
-        example = self.data.normalised(self.data.test[:1])
+        example = self.data.test[:1].float()
         path = self.places.file(self.settings, ".onnx")
-        model = to_onnx(self.model, example, path, ["image"], ["scores"], dynamic_batch=True)
+        model = to_onnx(of_pixels(self.model, self.data), example, path, ["image"], ["scores"], dynamic_batch=True)
         with replacing(path) as partial:
             partial.write_bytes(pack_signs(model).SerializeToString(deterministic=True))
         if self.teacher:
             twin = self.places.out / f"teacher-{path.name}"
-            to_onnx(self.teacher.model, example, twin, ["image"], ["scores"], dynamic_batch=True)
+            to_onnx(of_pixels(self.teacher.model, self.data), example, twin, ["image"], ["scores"], dynamic_batch=True)
         result = self.result()
         with replacing(self.places.file(self.settings, ".json")) as partial:
             partial.write_text(json.dumps(result, indent=1) + "\n")
@@ -446,6 +467,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, help="folder with the dataset's files (default: fetched once into the cache)")
     add("--start", type=Path, help="checkpoint of the same network of another order to start from")
     add("--teacher", type=Path, help="checkpoint of the float network to learn from")
+    add("--tag", default="", help="end of the results' names, where one network is trained in two ways")
     add("--soft", type=float, default=0.5, help="weight of the teacher against the labels (default: 0.5)")
     add("--batch", type=int, default=128, help="images a step (default: 128)")
     add("--rate", type=float, default=2e-3, help="highest learning rate (default: 0.002)")
@@ -478,6 +500,7 @@ def run(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Train what `given` says, or finish it; the result that NAME.json holds."""
     settings = settings_of(given)
     zoo.build(settings.network, settings.order, settings.scale)  # mistakes are told before data are fetched
+    keep_freed_memory()
     torch.set_num_threads(given.threads)
     given.out.mkdir(parents=True, exist_ok=True)
     data = Images(datasets.load(settings.dataset, given.data), settings.seed, settings.views)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from horq_tvm.errors import UsageError
-from horq_tvm.nn import HorqConv2d, HorqLinear
+from horq_tvm.nn import HorqConv2d, HorqLinear, PReLU
 from horq_tvm.nn.options import HorqOptions
 from horq_tvm.nn.quantise import BinaryWeight, balanced
 from horq_tvm.specs import Scale
@@ -91,7 +91,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels)
         self.conv = layers.conv(channels, filters, 3, stride=stride, padding=1)
-        self.act = nn.PReLU(filters)
+        self.act = PReLU(filters)
         pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         widen = nn.Sequential(nn.Conv2d(channels, filters, 1, bias=False), nn.BatchNorm2d(filters))
         self.shortcut = pool if channels == filters else nn.Sequential(pool, *widen)
@@ -141,11 +141,11 @@ def mnist(layers: Layers, classes: int = 10) -> nn.Module:
         stem=nn.Conv2d(1, 32, 5, 2, bias=False),
         norm1=nn.BatchNorm2d(32),
         conv=layers.conv(32, 64, 3, stride=2, padding=1),
-        act1=nn.PReLU(64),
+        act1=PReLU(64),
         flatten=nn.Flatten(),
         norm2=nn.BatchNorm1d(64 * 6 * 6),
         dense=layers.linear(64 * 6 * 6, 256),
-        act2=nn.PReLU(256),
+        act2=PReLU(256),
         norm3=nn.BatchNorm1d(256),
         head=nn.Linear(256, classes),
     )
@@ -153,12 +153,12 @@ def mnist(layers: Layers, classes: int = 10) -> nn.Module:
 
 def vgg_small(layers: Layers, classes: int = 10) -> nn.Module:
     """[N,3,32,32] → [N,10]: convolutions of 2×128, 2×256 and 2×512 filters, the first float (LQ-Net); no shortcuts."""
-    body: dict[str, nn.Module] = {"stem": nn.Conv2d(3, 128, 3, padding=1, bias=False), "act1": nn.PReLU(128)}
+    body: dict[str, nn.Module] = {"stem": nn.Conv2d(3, 128, 3, padding=1, bias=False), "act1": PReLU(128)}
     channels = 128
     for i, (filters, pool) in enumerate(((128, True), (256, False), (256, True), (512, False), (512, True)), start=2):
         body[f"norm{i}"] = nn.BatchNorm2d(channels)
         body[f"conv{i}"] = layers.conv(channels, filters, 3, padding=1)
-        body[f"act{i}"] = nn.PReLU(filters)
+        body[f"act{i}"] = PReLU(filters)
         if pool:
             body[f"pool{i}"] = nn.MaxPool2d(2)
         channels = filters

@@ -93,7 +93,7 @@ def test_the_onnx_file_has_the_accuracy_of_the_json(tmp_path: Path) -> None:
     result = _run(tmp_path, "--order", "1", "--scale", "sample")
     session = onnxruntime.InferenceSession(tmp_path / "mnist-k1-sample-seed0.onnx", providers=["CPUExecutionProvider"])
     data = _data("mnist")
-    scores = session.run(None, {"image": data.normalised(data.test).numpy()})[0]
+    scores = session.run(None, {"image": data.test.float().numpy()})[0]
     assert np.mean(scores.argmax(1) == data.test_labels.numpy()) == result["accuracy"]
 
 
