@@ -37,7 +37,7 @@ def reason_for_float32(layer: Layer) -> str | None:
     """Why an unbinarised layer has no int8 form, None where it has one."""
     if layer.weight is None:
         return NOT_CONSTANT
-    if layer.depthwise:
+    if layer.depthwise and layer.groups > 1:  # a grey image has one channel too
         return "int8 has no depthwise kernel"
     row, filters = int(np.prod(layer.weight[1:])), layer.weight[0] // layer.groups
     if row > MAX_ROW:

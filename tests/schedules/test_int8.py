@@ -176,14 +176,16 @@ def test_integers_are_exact(target: str) -> None:
 
 def test_the_sweep_clips_and_has_zero_points() -> None:
     zeros = {layer.activation.zero_point for layer in LAYERS}
-    assert 0 in zeros and len(zeros) > 10
+    assert 0 in zeros
+    assert len(zeros) > 10
     quantised = [reference_int8.quantize(layer.image(), *vars(layer.activation).values()) for layer in LAYERS]
-    assert any(q.min() == 0 for q in quantised) and any(q.max() == 255 for q in quantised)
+    assert any(q.min() == 0 for q in quantised)
+    assert any(q.max() == 255 for q in quantised)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_largest_sums_there_are(target: str) -> None:
-    """All q = 255 and all w = ±127, a row as long as may be: where 16-bit sums would saturate, and 32-bit ones nearly."""
+    """All q = 255, all w = ±127, a row as long as may be: 16-bit sums would saturate, and 32-bit ones nearly do."""
     rows = (MAX_ROW, 4, 36)
     weights = [np.concatenate([np.ones((8, row)), -np.ones((8, row))]).astype("float32") for row in rows]
 
@@ -202,7 +204,7 @@ def test_the_largest_sums_there_are(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_rounding_of_the_quantisation(target: str) -> None:
-    """One channel, one weight: the output is q − z. Halves, both ends, infinities, and values on either side of a half."""
+    """One channel, one weight: the output tells q − z. Halves, values beside them, both ends, infinities."""
     scale = np.float32(0.37)
     steps = np.concatenate([np.arange(-300, 300) / 2, np.arange(-300, 300) / 2 + 1e-5]).astype("float32")
     x = np.concatenate([steps * scale, [np.inf, -np.inf, 3e38, -0.0]]).astype("float32")
