@@ -16,7 +16,7 @@ MANIFEST = Manifest(
     target="zen5",
     cpu_features=("avx2", "popcnt"),
     layers=(
-        LayerRecord("conv1", "conv2d", reason="a model input reaches it"),
+        LayerRecord("conv1", "conv2d", reason="a model input reaches it", rest="int8"),
         LayerRecord("conv2", "conv2d", 2, "sample", schedule="tuned", records=3),
     ),
     bytes=ByteCounts(1, 2, 3, 4),
@@ -35,7 +35,9 @@ def test_the_keys_are_those_of_the_interface() -> None:
         "reason": None,
         "schedule": "tuned",
         "records": 3,
+        "rest": None,
     }
+    assert found["layers"][0]["rest"] == "int8"
     assert found["layers"][0]["order"] is None
     assert found["bytes"] == {"code": 1, "weights_packed": 2, "weights_float": 3, "manifest": 4}
 

@@ -53,7 +53,7 @@ def describe(manifest: Mapping[str, Any]) -> str:
                 layer["name"],
                 layer["op"],
                 layer["order"],
-                layer["scale"] or layer["rest"] or "float",
+                layer["scale"] or ("int8" if _is_int8(layer) else "float"),
                 layer["schedule"],
                 layer["reason"] or "",
             )
@@ -67,8 +67,12 @@ def describe(manifest: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _is_int8(layer: Mapping[str, Any]) -> bool:
+    return layer.get("rest") == "int8"
+
+
 def _int8_share(layers: Sequence[Mapping[str, Any]]) -> str:
-    count = sum(layer["rest"] == "int8" for layer in layers)
+    count = sum(map(_is_int8, layers))
     return f", {count} int8" if count else ""
 
 

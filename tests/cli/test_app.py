@@ -78,7 +78,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
         ("build m.onnx -o m.so --input 1,3,8,8", "--input: found '1,3,8,8'; accepted: NAME=1,3,224,224"),
         ("build m.onnx -o m.so --input x=1,0,8", "--input: found 'x=1,0,8'"),
         ("build m.onnx -o m.so --emit tvm", "unrecognized arguments: --emit tvm"),
-        ("build m.onnx -o m.so --rest int8", "unrecognized arguments: --rest int8"),
+        ("build m.onnx -o m.so --rest int4", "--rest: invalid choice: 'int4' (choose from"),
         ("build m.onnx -o m.so --database d", "unrecognized arguments: --database d"),
         ("build m.onnx -o m.so --ord 2", "unrecognized arguments: --ord 2"),
         ("run m.so x.npy --threads 0", "--threads: found '0'; accepted: a number from 1"),
@@ -107,7 +107,9 @@ def test_build_hands_on_what_was_said_and_nothing_else(build: Recorder, tmp_path
     assert main(["build", "m.onnx", "-o", output]) == 0
     assert (build.model, build.options) == ("m.onnx", {})
     np.savez(tmp_path / "c.npz", x=np.ones((2, 3), "float32"))
-    words = f"build m.onnx -o {output} --target zen4 --order 3 --scale static --plan p.yaml --tap a b --tap c"
+    words = (
+        f"build m.onnx -o {output} --target zen4 --order 3 --scale static --rest int8 --plan p.yaml --tap a b --tap c"
+    )
     words += f" --input x=1,3,8,8 --input a=b=2 --calibration {tmp_path / 'c.npz'}"
     assert main(words.split()) == 0
     calibration = build.options.pop("calibration")
@@ -117,6 +119,7 @@ def test_build_hands_on_what_was_said_and_nothing_else(build: Recorder, tmp_path
         "order": 3,
         "scale": "static",
         "plan": "p.yaml",
+        "rest": "int8",
         "taps": ("a", "b", "c"),
         "input_shapes": {"x": (1, 3, 8, 8), "a=b": (2,)},
     }

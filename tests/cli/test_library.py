@@ -121,6 +121,7 @@ def test_inspect_as_text_and_json(library: Path, tmp_path: Path, capsys: pytest.
         "reason": "first layer",
         "schedule": "default",
         "records": 0,
+        "rest": None,
     }
     assert set(manifest["bytes"]) == {"code", "weights_packed", "weights_float", "manifest"}
     assert main(["inspect", str(library), "--json", str(tmp_path / "m.json")]) == 0
