@@ -83,8 +83,9 @@ def build(
         order: planes K of an activation, 1 to 8, or "float" to rewrite nothing. Unless given, 2, and layers beside a
             model's own HORQ nodes stay float.
         scale: `patch`, `sample` or `static`; unless given, `sample`.
-        plan: the per-layer plan of interface.md, as a path, a dict or a Plan.
+        plan: the per-layer plan (horq_tvm/plan.py shows one), as a path, a dict or a Plan.
         calibration: arrays by input name, axis 0 the samples; `static` layers without betas are fitted to it.
+        example_inputs: of an nn.Module, the tensors of one call, (x, ...).
         input_shapes: shapes of inputs that the model leaves dynamic.
         rest: arithmetic of the layers that stay unbinarised, "float32" or "int8": weights a filter, activations a
             layer, their ranges from the calibration data, else from 8 seeded random inputs.
@@ -94,6 +95,8 @@ def build(
     Raises:
         UsageError: a mistake in the call. HorqError: a model that cannot be read or compiled.
     """
+    if isinstance(taps, str):
+        raise UsageError(f"taps: found the text {taps!r}; accepted: a list of layer names")
     say = progress or (lambda _message: None)
     resolved = target if isinstance(target, targets.Target) else targets.resolve(target)
     _check_rest(rest, resolved)
@@ -208,8 +211,9 @@ class _Session:
         here = compiled if self.host == self.target else emit(rewritten, self.host, manifest, self.say)
         result = agreement.compare(here.load(), reference.load(), self.data)
         cosine = "undefined" if result.cosine is None else f"{result.cosine:.3f}"
+        what, were = ("1 layer", "was") if len(untrained) == 1 else (f"{len(untrained)} layers", "were")
         warnings.warn(
-            f"{len(untrained)} layers were rewritten that were not trained for HORQ: on {result.inputs} top-1 agrees"
+            f"{what} {were} rewritten that {were} not trained for HORQ: on {result.inputs} top-1 agrees"
             f" with the float model on {result.agreement:.0%}, cosine of the outputs {cosine}; {TRAINING}",
             stacklevel=4,
         )

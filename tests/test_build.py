@@ -58,6 +58,11 @@ def test_a_model_without_layers_says_so() -> None:
         horq_tvm.build(graph([helper.make_node("Relu", ["x"], ["y"])], {}), target="x86-64")
 
 
+def test_taps_are_a_list() -> None:
+    with pytest.raises(UsageError, match="taps: found the text 'middle'; accepted: a list of layer names"):
+        horq_tvm.build(three_convs(), taps="middle")
+
+
 def test_an_input_may_be_called_self() -> None:
     compiled = horq_tvm.build(three_convs("self"), order="float", target="x86-64")
     image = normal(1, 3, 8, 8)
@@ -105,7 +110,7 @@ def test_a_trained_layer_is_silent() -> None:
 
 def test_a_trained_layer_at_another_order_is_not_trained_for_it() -> None:
     plan = {"version": 1, "layers": {"middle": {"order": 1, "scale": "sample"}}}
-    with pytest.warns(UserWarning, match="1 layers were rewritten that were not trained for HORQ"):
+    with pytest.warns(UserWarning, match="1 layer was rewritten that was not trained for HORQ"):
         report = horq_tvm.build(horq_model(), plan=plan, target="x86-64").report
     assert report["cosine"] < 1
 
@@ -116,7 +121,7 @@ def test_what_a_rewrite_costs_is_measured_against_the_trained_model() -> None:
     same = {"version": 1, "layers": {"middle": {"order": 2, "scale": "sample"}}}
     assert horq_tvm.build(model, plan=same, target="x86-64").report["cosine"] is None
     more = {"version": 1, "layers": {"last": {"order": 4, "scale": "sample"}}}
-    with pytest.warns(UserWarning, match="1 layers"):
+    with pytest.warns(UserWarning, match="^1 layer was rewritten"):
         by_plan = horq_tvm.build(model, plan=more, target="x86-64")
     given = horq_tvm.build(model, target="x86-64")
     inputs = tuple(TensorSpec(**spec) for spec in given.report["inputs"])

@@ -203,6 +203,8 @@ def test_every_unsupported_operator_is_named() -> None:
 def test_mistakes_in_the_call(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"Conv2d: found no example inputs.*example_inputs="):
         import_torch(nn.Conv2d(4, 4, 1))
+    with pytest.raises(UsageError, match="found a tensor that is in no tuple; accepted are the tensors of one call"):
+        import_torch(nn.Conv2d(4, 4, 1), torch.rand(1, 4, 8, 8))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"absent\.pt2: found no such file"):
         import_torch(tmp_path / "absent.pt2")
     with pytest.raises(UsageError, match="found a int; accepted are an nn.Module"):

@@ -30,10 +30,10 @@ def load(
 ) -> ExportedProgram:
     """The model as a decomposed ExportedProgram of static input shapes. Raises as `import_torch` does."""
     if isinstance(model, torch.nn.Module):
-        if example_inputs is None:
+        if example_inputs is None or isinstance(example_inputs, torch.Tensor):
+            found = "no example inputs" if example_inputs is None else "a tensor that is in no tuple"
             raise UsageError(
-                f"{type(model).__name__}: found no example inputs; accepted are the tensors of one call, "
-                "example_inputs=(x, ...)"
+                f"{type(model).__name__}: found {found}; accepted are the tensors of one call, example_inputs=(x, ...)"
             )
         program = _export(model, tuple(example_inputs))
     elif isinstance(model, ExportedProgram):
