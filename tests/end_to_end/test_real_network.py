@@ -123,3 +123,18 @@ def convolutions(proto: onnx.ModelProto) -> Mapping[str, tuple[Array, dict[str, 
             }
             found[node.name] = weights[node.input[1]], geometry
     return found
+
+
+def test_int8_keeps_the_scores(model: Path) -> None:
+    """All 53 convolutions and the dense layer in int8, calibrated on the photos: what enters the softmax stays."""
+    proto, photos = with_scores(model), np.concatenate([photo(name) for name in PHOTOS])
+    given: dict[str, Any] = {"order": "float", "input_shapes": {INPUT: SHAPE}}
+    compiled = horq_tvm.build(proto, rest="int8", calibration={INPUT: photos}, **given)
+    assert {layer["rest"] for layer in compiled.report["layers"]} == {"int8"}
+    assert compiled.report["rest"]["agreement"] == 1.0
+    quantised, plain = compiled.load(), horq_tvm.build(proto, **given).load()
+    for x in photos:
+        found, expected = (list(m(x[None]).values())[1].ravel().astype("float64") for m in (quantised, plain))
+        print(f"scores {found} in int8, {expected} in float32")
+        assert found @ expected / np.linalg.norm(found) / np.linalg.norm(expected) > 0.999
+        assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
