@@ -27,8 +27,8 @@ class PReLU(nn.PReLU):
 class RSign(nn.Module):
     """x + shift_c, x[N,C,...] → the same: where the signs of the HORQ layer behind it change is learned per channel.
 
-    ReActNet's RSign (Liu et al., ECCV 2020) is sign(x − threshold_c). The sign is the HORQ layer's, so that the shift is
-    what is left of it; with K planes it moves all their thresholds at once. Put it straight before a HORQ layer.
+    ReActNet's RSign (Liu et al., ECCV 2020) is sign(x − threshold_c). The sign is the HORQ layer's, so that the shift
+    is what is left of it; with K planes it moves all their thresholds at once. Put it straight before a HORQ layer.
     """
 
     def __init__(self, channels: int) -> None:
