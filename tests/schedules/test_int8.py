@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,8 +165,28 @@ def arriving(layer: Layer, image: Array) -> Array:
     return np.ascontiguousarray(np.moveaxis(image, 3, 1)) if layer.planar else image
 
 
+ALDER_LAKE = """
+version: 1
+targets:
+  avx-vnni: {description: VNNI without AVX-512, extends: x86-64-v3, mattr: [+avxvnni], features: [avx_vnni]}
+"""
+
+
+def test_vnni_without_avx512(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(ALDER_LAKE)
+    name = f"{tmp_path / 'own.yaml'}:avx-vnni"
+    assert int8.style(targets.resolve(name)) == "quads"
+    if targets.resolve(name).missing_on(targets.this_host().flags):
+        pytest.skip("this CPU has no AVX-VNNI")
+    check_integers(name)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_integers_are_exact(target: str) -> None:
+    check_integers(target)
+
+
+def check_integers(target: str) -> None:
     """Nothing but a factor a filter stands between the sums and the output, so equal outputs are equal sums."""
     outputs = compiled(LAYERS, target).load()(*(arriving(layer, layer.image()) for layer in LAYERS))
     for i, layer in enumerate(LAYERS):
