@@ -10,7 +10,7 @@ before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -19,7 +19,7 @@ from tvm.script.ir_builder import tirx as T
 
 from horq_tvm.ops import WORD_BITS, Geometry, words_of
 
-Residual = Callable[[tirx.Expr, int], tirx.Expr]
+NAMED_ORDERS = 3  # up to here a residual is a name in the code; above, it is kept in memory
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,20 @@ def _plane_words(value: tirx.Expr, scales: list[tirx.Expr], lanes: int, first: i
         residual = residual - _splat(beta, lanes)
     words = []
     for beta in scales[first:]:
-        # Bound to a name: R_{i-1} occurs twice in R_i, and TVM's passes would walk 2^K copies of it.
-        residual = T.bind(residual)
+        # Kept: R_{i-1} occurs twice in R_i. TVM's passes would walk 2^K copies of an expression, and its code generator
+        # those of a name, which takes a minute at order 7.
+        residual = _kept(residual, lanes) if len(scales) > NAMED_ORDERS else T.bind(residual)
         positive = residual >= _splat(tirx.const(0.0, "float32"), lanes)
         words.append(_mask(positive, lanes))
         residual = residual - tirx.Select(positive, _splat(beta, lanes), _splat(-beta, lanes))
     return words
+
+
+def _kept(value: tirx.Expr, lanes: int) -> tirx.Expr:
+    """The value, stored and loaded again: a stack slot to TVM, a register to LLVM."""
+    slot, span = T.sblock_alloc_buffer((lanes,), "float32"), T.Ramp(0, 1, lanes) if lanes > 1 else 0
+    T.buffer_store(slot, value, [span])
+    return slot[span]
 
 
 def _mask(positive: tirx.Expr, lanes: int) -> tirx.Expr:
