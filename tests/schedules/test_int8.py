@@ -33,7 +33,7 @@ TARGETS = [
             bool(targets.resolve(name).missing_on(targets.this_host().flags)), reason=f"this CPU is no {name}"
         ),
     )
-    for name in ("native", "x86-64-v4-vpopcntdq", "x86-64-v4", "x86-64-v3", "x86-64")
+    for name in ("native", "x86-64-v4", "x86-64-v3", "x86-64")
 ]
 
 
