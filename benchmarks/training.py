@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from horq_tvm import zoo
 from horq_tvm.cli.show import write_json
 from horq_tvm.errors import HorqError, UsageError
+from horq_tvm.nn import keep_freed_memory
 from horq_tvm.specs import SCALES
 from horq_tvm.timing import interleaved
 
@@ -91,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--orders {given.orders}; accepted: integers with commas between")
     if given.threads < 1 or given.batch < 1:
         parser.error(f"--threads {given.threads} --batch {given.batch}; accepted: 1 or more")
+    keep_freed_memory()
     torch.set_num_threads(given.threads)
     try:
         records = measure(given.network, orders, given.batch, given.bf16, given.seconds)

@@ -1,9 +1,11 @@
-"""The tables and the plot of docs/accuracy.md, made again from what train.py wrote.
+"""The tables and the plot of docs/accuracy.md, made again from measurements.
 
     python examples/accuracy.py [runs/*.json] [--docs docs]
 
-The results named are merged into docs/accuracy.json, the newer one of the same name in place of the older; the tables
-between `<!-- table -->` marks of docs/accuracy.md and the picture docs/accuracy.png follow from that file alone.
+The files are those that train.py writes, and those of `python -m examples.engines --json` and of `python -m
+benchmarks.training --json`. They are merged into docs/accuracy.json, newer ones of the same network and setting in
+place of older ones; the tables between `<!-- table -->` marks of docs/accuracy.md and the picture docs/accuracy.png
+follow from that file alone.
 """
 
 from __future__ import annotations
@@ -50,16 +52,41 @@ class Result:
         return next(p["error"] for p in self.approximation if (p["order"], p["scale"]) == (order, scale))
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A result as train.py wrote it. Raises HorqError for any other file."""
-    try:
-        found = json.loads(path.read_text())
-        result(path.stem, found)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise HorqError(f"{path}: found no result of train.py ({type(error).__name__}: {error})") from error
-    return found
+@dataclass(frozen=True)
+class Measured:
+    """All there is: runs of train.py by name; records of `engines`, of `training` by what tells them apart."""
+
+    runs: dict[str, dict[str, Any]]
+    engines: dict[str, dict[str, Any]]
+    steps: dict[str, dict[str, Any]]
+
+    @property
+    def results(self) -> list[Result]:
+        return [result(name, found) for name, found in sorted(self.runs.items())]
+
+    def add(self, path: Path) -> None:
+        """Raises UsageError for a file that cannot be read, HorqError for one that holds none of the three."""
+        try:
+            found = json.loads(path.read_text())
+            if isinstance(found, dict):
+                result(path.stem, found)
+                self.runs[path.stem] = found
+            else:
+                self._add_records(found)
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise HorqError(f"{path}: found no measurements ({type(error).__name__}: {error})") from error
+
+    def _add_records(self, records: list[dict[str, Any]]) -> None:
+        if not records:
+            raise ValueError("an empty list")
+        for record in records:
+            if "engines" in record:
+                self.engines[f"{record['network']}: {' and '.join(record['engines'])}"] = record
+            else:
+                key = ("network", "order", "scale", "bf16", "batch", "threads")
+                self.steps[" ".join(str(record[part]) for part in key)] = record
 
 
 def result(name: str, found: dict[str, Any]) -> Result:
@@ -167,10 +194,56 @@ def _range(seeds: Sequence[int]) -> str:
     return f"SEED in {', '.join(map(str, sorted(seeds)))}"
 
 
-TABLES: dict[str, Callable[[Sequence[Result]], list[str]]] = {"cifar10": cifar10, "mnist": mnist, "errors": errors}
+def engines(records: Sequence[dict[str, Any]]) -> list[str]:
+    """A row a network and pair of engines: predictions and scores, with and without a flipped sign."""
+    if not records:
+        return ["No results yet."]
+    rows = [
+        "| network | engines | equal predictions | images with a flipped sign | of the others: equal, worst score |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for record in records:
+        images, flipped, share, others = record["images"], record["flipped"], "–", "–"
+        if flipped is not None:
+            others = f"{record['equal_predictions_unflipped']} of {images - flipped}, {record['worst']:.1e}"
+            share = f"{100 * flipped / images:.2f} %"
+        equal = f"{100 * record['equal_predictions'] / images:.2f} %"
+        rows.append(f"| {record['network']} | {' and '.join(record['engines'])} | {equal} | {share} | {others} |")
+    return rows
 
 
-def with_tables(text: str, results: Sequence[Result]) -> str:
+def steps(records: Sequence[dict[str, Any]]) -> list[str]:
+    """A row a variant, two columns for convolutions in float32 and in bfloat16: its time as a multiple of float's."""
+    if not records:
+        return ["No results yet."]
+    kinds = sorted({(r["network"], r["batch"], r["threads"], r["bf16"]) for r in records})
+    heads = [
+        f"{n}, batch {b}, {t} thread{'s' * (t > 1)}, {'bfloat16' if half else 'float32'}" for n, b, t, half in kinds
+    ]
+    rows = ["| a training step | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(kinds)]
+    parts = ("network", "batch", "threads", "bf16", "order", "scale")
+    times = {tuple(r[part] for part in parts): r["median_ms"] for r in records}
+    # In the order in which they were timed, float first.
+    for order, scale in dict.fromkeys((r["order"], r["scale"]) for r in records):
+        name = f"K={order}, {scale}" if scale else {"bw": "binary weights, float activations"}.get(order, order)
+        cells = []
+        for kind in kinds:
+            own, base = times.get((*kind, order, scale)), times.get((*kind, "float", None))
+            cells.append(f"{own:.0f} ms ({own / base:.2f} ×)" if own and base else "–")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
+TABLES: dict[str, Callable[[Measured], list[str]]] = {
+    "cifar10": lambda measured: cifar10(measured.results),
+    "mnist": lambda measured: mnist(measured.results),
+    "errors": lambda measured: errors(measured.results),
+    "engines": lambda measured: engines(list(measured.engines.values())),
+    "steps": lambda measured: steps(list(measured.steps.values())),
+}
+
+
+def with_tables(text: str, measured: Measured) -> str:
     """The page with every marked table made anew. Raises UsageError for a mark that is not closed or names no table."""
 
     def table(match: re.Match[str]) -> str:
@@ -178,7 +251,7 @@ def with_tables(text: str, results: Sequence[Result]) -> str:
         if name not in TABLES:
             raise UsageError(f"found a mark for a table {name!r}; accepted: {', '.join(TABLES)}")
         # A comment ends at the next blank line: without one, Markdown takes the table for a part of it.
-        return "\n".join([f"<!-- {name} -->", "", *TABLES[name](results), "", f"<!-- /{name} -->"])
+        return "\n".join([f"<!-- {name} -->", "", *TABLES[name](measured), "", f"<!-- /{name} -->"])
 
     made, count = re.subn(r"<!-- (?P<name>\w+) -->.*?<!-- /(?P=name) -->", table, text, flags=re.S)
     opened = len(re.findall(r"<!-- \w+ -->", text))
@@ -253,30 +326,42 @@ def _draw_errors(axis: Any, runs: Sequence[Result]) -> None:
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 
+def load(store: Path) -> Measured:
+    """What docs/accuracy.json keeps, nothing where it is not there."""
+    kept = json.loads(store.read_text()) if store.is_file() else {}
+    return Measured(*(kept.get(part, {}) for part in ("runs", "engines", "steps")))
+
+
 def update(paths: Sequence[Path], docs: Path) -> int:
-    """Merge, and make page and picture anew; the number of results there are."""
+    """Merge, and make page and picture anew; the number of runs there are."""
     store, page = docs / "accuracy.json", docs / "accuracy.md"
     if not page.is_file():
         raise UsageError(f"{page}: there is no such page")
-    known: dict[str, dict[str, Any]] = json.loads(store.read_text()) if store.is_file() else {}
-    known.update((path.stem, read(path)) for path in paths)
-    if not known:
+    measured = load(store)
+    for path in paths:
+        measured.add(path)
+    if not measured.runs:
         raise UsageError(f"found no results: {store} is not there and no file is named")
-    results = [result(name, found) for name, found in sorted(known.items())]
-    text = with_tables(page.read_text(), results)
+    text = with_tables(page.read_text(), measured)
     with replacing(store) as partial:
-        lines = (f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known))
-        partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        parts = (f'"{name}": {_lines(value)}' for name, value in vars(measured).items())
+        partial.write_text("{\n" + ",\n".join(parts) + "\n}\n")
     with replacing(docs / "accuracy.png") as partial:
-        draw(results, partial)
+        draw(measured.results, partial)
     with replacing(page) as partial:
         partial.write_text(text)
-    return len(results)
+    return len(measured.runs)
+
+
+def _lines(records: dict[str, dict[str, Any]]) -> str:
+    """JSON with a line for each record, so that a new one is a line of a diff."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in records.items())
+    return "{\n" + lines + "\n}" if lines else "{}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="*", help="NAME.json of train.py")
+    parser.add_argument("results", type=Path, nargs="*", help="JSON of train.py, examples.engines, benchmarks.training")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of accuracy.md (default: docs)")
     given = parser.parse_args()
     try:
@@ -284,7 +369,7 @@ def main() -> int:
     except HorqError as error:
         print(f"accuracy.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    print(f"{given.docs / 'accuracy.md'}: {count} results")
+    print(f"{given.docs / 'accuracy.md'}: {count} runs")
     return 0
 
 

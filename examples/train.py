@@ -40,8 +40,7 @@ from horq_tvm import datasets, zoo
 from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.export import to_onnx
 from horq_tvm.files import replacing
-from horq_tvm.nn import freeze_scales, quantisation_error, warm_start
-from horq_tvm.nn.memory import keep_freed_memory
+from horq_tvm.nn import freeze_scales, keep_freed_memory, quantisation_error, warm_start
 from horq_tvm.nn.quantise import fitted_scales, quantise
 from horq_tvm.onnx_bits import pack_signs
 from horq_tvm.specs import MAX_ORDER, SCALES, Scale

@@ -21,6 +21,8 @@ old
 <!-- /cifar10 -->
 <!-- mnist --><!-- /mnist -->
 <!-- errors --><!-- /errors -->
+<!-- engines --><!-- /engines -->
+<!-- steps --><!-- /steps -->
 End.
 """
 
@@ -74,7 +76,7 @@ def test_tables(docs: Path, tmp_path: Path) -> None:
     assert accuracy.update(_files(tmp_path, RESULTS), docs) == len(RESULTS)
     page = (docs / "accuracy.md").read_text()
     assert page.startswith("Text.\n\n<!-- cifar10 -->\n\n| network |")
-    assert page.endswith("<!-- /errors -->\nEnd.\n")
+    assert page.endswith("<!-- /steps -->\nEnd.\n")
     assert "old" not in page
     rows = [line for line in page.splitlines() if line.startswith("| resnet20")]
     assert rows == [
@@ -113,7 +115,7 @@ def test_a_newer_result_takes_the_place_of_the_older(docs: Path, tmp_path: Path)
 @pytest.mark.parametrize("content", ["", "[]", '{"dataset": "mnist"}'])
 def test_file_that_is_no_result(docs: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "x.json").write_text(content)
-    with pytest.raises(HorqError, match="x.json: found no result of train.py"):
+    with pytest.raises(HorqError, match="x.json: found no measurements"):
         accuracy.update([tmp_path / "x.json"], docs)
     assert (docs / "accuracy.md").read_text() == PAGE
 
@@ -130,7 +132,7 @@ def test_mistakes(docs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
-        ("<!-- svhn --><!-- /svhn -->", "a table 'svhn'; accepted: cifar10, mnist, errors"),
+        ("<!-- svhn --><!-- /svhn -->", "a table 'svhn'; accepted: cifar10, mnist, errors, engines, steps"),
         ("<!-- mnist -->", "found 1 marks of tables of which 0 are closed"),
     ],
 )
@@ -142,10 +144,26 @@ def test_marks(docs: Path, tmp_path: Path, mark: str, message: str) -> None:
 
 def test_the_page_is_what_its_results_make() -> None:
     """The committed tables are not edited by hand."""
-    known = json.loads((ROOT / "docs/accuracy.json").read_text())
-    results = [accuracy.result(name, found) for name, found in known.items()]
     page = (ROOT / "docs/accuracy.md").read_text()
-    assert accuracy.with_tables(page, results) == page
+    assert accuracy.with_tables(page, accuracy.load(ROOT / "docs/accuracy.json")) == page
+
+
+def test_engines_and_steps(docs: Path, tmp_path: Path) -> None:
+    counts = {"images": 200, "equal_predictions": 199, "flipped": 4, "equal_predictions_unflipped": 196}
+    engines = [{"network": "n", "engines": ["a", "b"], **counts, "worst": 2e-7}]
+    common = {"network": "n", "batch": 64, "threads": 1, "bf16": False}
+    variants = [("float", None, 10.0), ("bw", None, 11.0), (2, "patch", 25.0)]
+    steps = [{**common, "order": order, "scale": scale, "median_ms": ms} for order, scale, ms in variants]
+    files = _files(tmp_path, {"engines": engines, "steps": steps, **RESULTS})
+    accuracy.update(files, docs)
+    page = (docs / "accuracy.md").read_text()
+    assert "| n | a and b | 99.50 % | 2.00 % | 196 of 196, 2.0e-07 |" in page
+    assert "| a training step | n, batch 64, 1 thread, float32 |" in page
+    assert "| float | 10 ms (1.00 ×) |" in page
+    assert "| binary weights, float activations | 11 ms (1.10 ×) |" in page
+    assert "| K=2, patch | 25 ms (2.50 ×) |" in page
+    accuracy.update(_files(tmp_path, {"engines": [{**engines[0], "flipped": 2}]}), docs)
+    assert "| n | a and b | 99.50 % | 1.00 % | 196 of 198, 2.0e-07 |" in (docs / "accuracy.md").read_text()
 
 
 def test_command_line(docs: Path) -> None:

@@ -57,8 +57,10 @@ def test_engines_agree(tmp_path: Path, scale: str, capsys: pytest.CaptureFixture
     assert engines.main(["mnist", str(path), "--images", "200", "--json", str(out)]) == 0
     records = json.loads(out.read_text())
     assert [r["engines"][1] for r in records] == ["ONNX Runtime", "horq-tvm", "horq-tvm", "horq-tvm, fused"]
-    assert all(r["images"] == 200 and r["flipped"] <= 2 and 0 <= r["worst"] < 1e-5 for r in records)
-    assert capsys.readouterr().out.count("100.00% |") == 4
+    assert all(r["images"] == r["equal_predictions"] == 200 for r in records)
+    assert all(r["flipped"] <= 2 and 0 <= r["worst"] < 1e-5 for r in records[:3])
+    assert records[3]["flipped"] is records[3]["worst"] is None  # fused kernels show no signs
+    assert capsys.readouterr().out.count("| 100.00% |") == 4
 
 
 def _trace(scores: list[list[float]], x: Tensor) -> engines.Trace:
@@ -105,6 +107,15 @@ def test_another_prediction_without_a_flip() -> None:
         scores[0] = scores[0, ::-1].copy()
 
     assert not _tally(change).holds
+
+
+def test_without_signs_predictions_alone_count() -> None:
+    tally = engines.Tally("a", "b")
+    tally.add(_trace([[1, 0]], torch.ones(1, 2, 1, 1)), engines.Trace(np.array([[5.0, 0.0]]), {}), {})
+    assert tally.agreement() == engines.Agreement(("a", "b"), 1, 1, None, None, None)
+    assert tally.agreement().holds
+    tally.add(_trace([[1, 0]], torch.ones(1, 2, 1, 1)), engines.Trace(np.array([[0.0, 5.0]]), {}), {})
+    assert not tally.agreement().holds
 
 
 def test_signs_of_later_planes_count() -> None:
