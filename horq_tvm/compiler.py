@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 Progress = Callable[[str], None]
-TRAINING = "docs/accuracy.md says how to train for HORQ"
+TRAINING = "docs/training.md says how to train for HORQ"
 
 
 @dataclass(frozen=True)
