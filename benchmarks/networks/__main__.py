@@ -14,7 +14,7 @@ from horq_tvm.cli import options
 from horq_tvm.cli.show import progress, write_json
 from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.files import check_writable
-from horq_tvm.specs import SCALES
+from horq_tvm.specs import RESTS, SCALES
 
 from .. import arguments
 from ..measure import pinned
@@ -71,7 +71,7 @@ def parser() -> options.Parser:
     )
     top.add_argument("--orders", type=arguments.orders, default=(1, 2), metavar="1,2", help="planes K (default: 1,2)")
     listed("--scales", SCALES, ("static",), "where a plane's scale is taken")
-    listed("--rest", engines.rests(), ("float32",), "what layers are that are not binary")
+    listed("--rest", RESTS, ("float32",), "what layers are that are not binary")
     listed(
         "--activations",
         subjects.ACTIVATIONS,

@@ -22,27 +22,31 @@ Rates = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Work:
-    """A layer's arithmetic: N·HO·WO·F·L multiply-accumulates a plane. `planes` are those computed, 0 of a float layer.
+    """A layer's arithmetic: N·HO·WO·F·L multiply-accumulates a plane, of a kind that `Rates` knows.
 
-    A plane that is known at compile time to be all +1 is not computed and not counted.
+    Of a binary layer `planes` are those computed: one that is known at compile time to be all +1 is not counted.
     """
 
     layer: str
     macs: int
-    planes: int = 0
+    kind: str = FLOAT32
+    planes: int = 1
 
-    def of_kind(self, rest: str) -> tuple[str, int]:
-        """The kind of its multiply-accumulates where float layers are `rest`, and their number."""
-        return (BINARY, self.macs * self.planes) if self.planes else (rest, self.macs)
+    @property
+    def binary(self) -> bool:
+        """Whether it is a HORQ layer."""
+        return self.kind == BINARY
 
-    def floor_ms(self, rest: str, rates: Rates) -> float:
-        """The least time that they take."""
-        kind, macs = self.of_kind(rest)
-        return macs / rates[kind] / 1e6
+    def floor_ms(self, rates: Rates) -> float:
+        """The least time that its multiply-accumulates take."""
+        return self.macs * self.planes / rates[self.kind] / 1e6
 
 
-def layer_work(subject: Subject, order: int, scale: Scale) -> dict[str, Work]:
-    """The layers of the network by name, in topological order, counted in the compiler's own form of it."""
+def layer_work(subject: Subject, order: int, scale: Scale, rests: Mapping[str, str | None]) -> dict[str, Work]:
+    """The layers of the network by name, in topological order, counted in the compiler's own form of it.
+
+    `rests` is the arithmetic of the layers that are not binary, as a manifest says; float32 where it does not.
+    """
     imported = import_onnx(subject.horq(order, scale), subject.shapes)
     canonical = pipeline.canonicalise()(imported.mod)
     found = layers.enumerate_layers(canonical)
@@ -53,11 +57,12 @@ def layer_work(subject: Subject, order: int, scale: Scale) -> dict[str, Work]:
         if op_name(value) in layers.LAYER_OPS:
             name = str(value.attrs["name"])
             row = prod(ops.shape_of(value.args[1])[1:])
-            work[name] = Work(name, prod(ops.shape_of(var)) * row)
+            work[name] = Work(name, prod(ops.shape_of(var)) * row, rests.get(name) or FLOAT32)
     for _, value in read_main(pipeline.rewrite(configs)(canonical)).bindings:
         if op_name(value) in BITSERIAL_OPS:
             name = str(value.attrs["name"])
-            work[name] = replace(work[name], planes=int(value.attrs["order"]) - int(value.attrs["first"]))
+            planes = int(value.attrs["order"]) - int(value.attrs["first"])
+            work[name] = replace(work[name], kind=BINARY, planes=planes)
     return work
 
 
@@ -68,10 +73,9 @@ def _with_betas(config: LayerConfig) -> LayerConfig:
     return replace(config, betas=tuple(0.8 * 0.45**i for i in range(config.order)))
 
 
-def floors_ms(work: Iterable[Work], rest: str, rates: Rates) -> dict[str, float]:
+def floors_ms(work: Iterable[Work], rates: Rates) -> dict[str, float]:
     """Σ multiply-accumulates of each kind over that kind's rate, kinds without any left out."""
     totals: dict[str, float] = {}
     for layer in work:
-        kind, _ = layer.of_kind(rest)
-        totals[kind] = totals.get(kind, 0.0) + layer.floor_ms(rest, rates)
+        totals[layer.kind] = totals.get(layer.kind, 0.0) + layer.floor_ms(rates)
     return totals

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from horq_tvm.relay_passes.fuse_epilogue import ELEMENTWISE
 
-from .arithmetic import FLOAT32, Rates, Work
+from .arithmetic import Rates, Work
 
 STEM, BINARISE, POPCOUNT, EPILOGUE = "stem", "binarise", "popcount", "epilogue"
 REST, POOLING, OTHER = "rest", "pooling", "other"
@@ -54,8 +54,8 @@ def spent_ms(
         layer = work.get(step.layer)
         if i < beginning:
             spent[STEM] += ms
-        elif layer is not None and layer.planes:
-            arithmetic = min(ms, layer.floor_ms(FLOAT32, rates))
+        elif layer is not None and layer.binary:
+            arithmetic = min(ms, layer.floor_ms(rates))
             spent[POPCOUNT] += arithmetic
             spent[EPILOGUE] += ms - arithmetic
         else:
@@ -66,7 +66,7 @@ def spent_ms(
 
 def first_binary(steps: Sequence[Step], work: Mapping[str, Work]) -> int:
     """The step with which the first binary layer begins: its kernel, or the passes right before it that are its own."""
-    kernel = next((i for i, step in enumerate(steps) if step.layer in work and work[step.layer].planes), 0)
+    kernel = next((i for i, step in enumerate(steps) if step.layer in work and work[step.layer].binary), 0)
     while kernel > 0 and (steps[kernel - 1].operator in _BINARISING or steps[kernel - 1].operator == _PAD):
         kernel -= 1
     return kernel
@@ -81,7 +81,7 @@ def _class(step: Step, ahead: Work | None) -> str:
     if step.operator in _BINARISING:
         return BINARISE
     if step.operator == _PAD and ahead is not None:
-        return BINARISE if ahead.planes else REST
+        return BINARISE if ahead.binary else REST
     if step.layer or "packed" in step.operator or "quant" in step.operator:
         return REST
     if _POOLING.search(step.operator):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 import warnings
@@ -72,9 +71,9 @@ class Library:
     work: Mapping[str, Work]
 
 
-def rests() -> tuple[str, ...]:
-    """What the layers that are not binary can be: float32, and int8 once `horq_tvm.build` has it."""
-    return (FLOAT32, INT8) if "rest" in inspect.signature(horq_tvm.build).parameters else (FLOAT32,)
+def rests_of(model: LoadedModel) -> dict[str, str | None]:
+    """Of each layer the arithmetic where it is not binary; a layer that cannot be int8 stays float32."""
+    return {layer.name: layer.rest for layer in model.manifest.layers}
 
 
 def ours(setting: Setting, subject: Subject, order: int, scale: Scale, rest: str, feeds: Feeds) -> Engine:
@@ -92,7 +91,7 @@ def ours(setting: Setting, subject: Subject, order: int, scale: Scale, rest: str
     model = compiled.load(setting.threads)
     aligned = {name: aligned_copy(array) for name, array in feeds.items()}
     steps = tuple(step.name for step in model.profile(runs=1, **aligned))
-    library = Library(model, steps, layer_work(subject, order, scale))
+    library = Library(model, steps, layer_work(subject, order, scale, rests_of(model)))
     how = {"order": order, "scale": scale, "rest": rest, "activation": subject.activation}
     return Engine(OURS, label, lambda: model(**aligned), library=library, **how)
 
@@ -131,13 +130,11 @@ def plain_tvm(path: Path, setting: Setting, feeds: Feeds) -> Callable[[], object
         mod = from_onnx(onnx.load(path), shape_dict=shapes, keep_params_in_input=False)
         with setting.target.tvm_target():
             executable = tvm.compile(mod, setting.target.tvm_target())
-        machine = relax.VirtualMachine(executable, tvm.cpu())
-        tvm.get_global_func("runtime.config_threadpool")(1, setting.threads)
-        order = [str(parameter.name_hint) for parameter in mod["main"].params]
-        arrays = [tvm.runtime.tensor(feeds[name]) for name in order]
-        machine["main"](*arrays)
     except Exception as error:  # TVM raises what its many passes raise
-        raise HorqError(f"{path}: TVM cannot run it: {str(error).strip().splitlines()[-1]}") from error
+        raise HorqError(f"{path}: TVM cannot compile it: {str(error).strip().splitlines()[-1]}") from error
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    tvm.get_global_func("runtime.config_threadpool")(1, setting.threads)
+    arrays = [tvm.runtime.tensor(feeds[str(parameter.name)]) for parameter in mod["main"].params]
     return lambda: machine["main"](*arrays)
 
 

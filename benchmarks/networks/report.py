@@ -10,7 +10,7 @@ from horq_tvm import peers
 from horq_tvm.cli.show import table
 
 from ..measure import ratio
-from .arithmetic import FLOAT32, Rates, floors_ms
+from .arithmetic import Rates, floors_ms
 from .breakdown import CLASSES, spent_ms
 from .engines import COLD, OURS, Engine, Library, Peaks, Samples, Setting, block_length, step_names
 
@@ -55,7 +55,7 @@ def where(setting: Setting, library: Library, engine: Engine, samples: Samples, 
     total = statistics.median(samples[engine.label]) / 1e6
     names = step_names(engine.label, len(library.steps))
     steps = [statistics.median(samples[name]) / 1e6 for name in names]
-    floors = floors_ms(library.work.values(), engine.rest or FLOAT32, rates)
+    floors = floors_ms(library.work.values(), rates)
     return {
         "breakdown_ms": spent_ms(library.steps, steps, total, library.work, rates),
         "floor_ms": floors,
