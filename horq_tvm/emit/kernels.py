@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tvm
 import tvm_ffi
-from tvm import tirx
+from tvm import s_tir, tirx
 
 from horq_tvm.emit.plan import Step
 from horq_tvm.errors import HorqError
@@ -50,7 +50,7 @@ def compile_kernels(
     final = _FinalModule()
     config = {"tirx.disable_assert": True}
     with tvm.transform.PassContext(opt_level=3, config=config, instruments=[final.instrument]):
-        library = tvm.tirx.build(tvm.IRModule(functions), target, pipeline="s_tir")
+        library = tvm.tirx.build(_with_plain_indices(tvm.IRModule(functions)), target, pipeline="s_tir")
     library.write_to_file(str(out), "o")
     missing = _missing_references(out)
     names = {symbol: name for name, symbol in symbols.items()}
@@ -65,6 +65,21 @@ def compile_kernels(
             f"the kernels refer to {', '.join(sorted(missing))} of TVM's runtime; a standalone library has only "
             f"{', '.join(sorted(PROVIDED))}"
         )
+
+
+def _with_plain_indices(mod: tvm.IRModule) -> tvm.IRModule:
+    """The first passes of TVM's own pipeline, and a simplification before it goes on to shrink buffers to what is used.
+
+    A block's variables have no ranges to the simplifier, loop variables do: only once they stand in the indices is
+    (4·b + v) // 100 seen to be 0, and not taken to range over all groups, too many for the stack.
+    """
+    passes = [
+        s_tir.transform.LowerInitBlock(),
+        s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+        s_tir.transform.ConvertBlocksToOpaque(),
+        tirx.transform.StmtSimplify(),
+    ]
+    return tvm.ir.transform.Sequential(passes)(mod)
 
 
 def _kernel(mod: tvm.IRModule, name: str, in_place: bool) -> tirx.PrimFunc:
