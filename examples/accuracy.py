@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -24,9 +25,9 @@ from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.files import replacing
 
 SCALES = ("static", "sample", "patch")
-# Of the dataset's test error in percent. Li et al. 2017, table 1: HORQ is K=2, XNOR K=1.
+# Test error in percent, as reported for the paper: HORQ is K=2, XNOR K=1.
 PAPER_MNIST = {1: 1.96, 2: 1.25}
-# By so many points below float at most: reported for XNOR and HORQ, and what this project aims at with K=3.
+# By so many points below float at most: what was reported for XNOR (K=1) and HORQ (K=2), and an aim of our own for K=3.
 CIFAR_BOUNDS = {1: 5.0, 2: 2.0, 3: 1.5}
 
 
@@ -114,7 +115,7 @@ def cifar10(results: Sequence[Result]) -> list[str]:
     longest = sorted((r for r in runs if r.order == "float"), key=lambda r: epochs_in_all(r, by_name))
     floats = {(r.network, r.seed): r for r in longest}
     rows = [
-        "| network | layers | accuracy, % | points below float | reported | epochs (with those it started from) |",
+        "| network | layers | accuracy, % | points below float | aim | epochs (with earlier ones) |",
         "|---|---|--:|--:|--:|--:|",
     ]
     for run in runs:
@@ -146,9 +147,9 @@ def mnist(results: Sequence[Result]) -> list[str]:
     for order in orders:
         cells = [spread([r for r in runs if r.order == order and r.scale == scale]) for scale in SCALES]
         rows.append(f"| K={order} | {' | '.join(cells)} | {PAPER_MNIST.get(order, '')} |")
-    floats = [r for r in runs if r.order == "float"]
-    if floats:
-        rows.append(f"| float | {spread(floats)} | | | |")
+    for order, name in (("bw", "K → ∞: binary weights, float activations"), ("float", "float")):
+        if own := [r for r in runs if r.order == order]:
+            rows.append(f"| {name} | {spread(own)} | | | |")
     return [*rows, "", *commands(runs)]
 
 
@@ -178,20 +179,26 @@ def errors(results: Sequence[Result]) -> list[str]:
 
 
 def commands(runs: Sequence[Result]) -> list[str]:
-    """The commands that made the runs, one for all seeds, and the machines."""
-    lines: dict[str, list[int]] = {}
+    """The commands that made the runs, and the machines; one for all that differ in order, scale and seed alone."""
+    alike: dict[str, list[Result]] = {}
     for run in runs:
-        lines.setdefault(re.sub(r"--seed \d+", "--seed SEED", run.command), []).append(run.seed)
-    hardware = sorted({run.hardware for run in runs})
-    texts = [
-        line.replace("SEED", ",".join(map(str, sorted(seeds)))) if len(seeds) == 1 else line + f"  # {_range(seeds)}"
-        for line, seeds in lines.items()
-    ]
-    return [f"On {'; '.join(hardware)}:", "", "```", *texts, "```"] if runs else []
+        alike.setdefault(re.sub(r"--(order \d+|scale \w+|seed \d+)", _variable, run.command), []).append(run)
+    lines: list[str] = []
+    for line, group in alike.items():
+        values = [sorted({getattr(run, part) for run in group}) for part in ("order", "scale", "seed")]
+        if len(group) == 1 or len(group) < math.prod(map(len, values)):
+            lines += [run.command for run in group]
+            continue
+        lines.append(line)
+        named = zip(("ORDER", "SCALE", "SEED"), values, strict=True)
+        lines += [f"    # {name}: {', '.join(map(str, found))}" for name, found in named if name in line]
+    return [f"On {'; '.join(sorted({run.hardware for run in runs}))}:", "", "```", *lines, "```"]
 
 
-def _range(seeds: Sequence[int]) -> str:
-    return f"SEED in {', '.join(map(str, sorted(seeds)))}"
+def _variable(option: re.Match[str]) -> str:
+    """`--order 2` as `--order ORDER`."""
+    name = option[1].split()[0]
+    return f"--{name} {name.upper()}"
 
 
 def engines(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -234,6 +241,8 @@ def steps(records: Sequence[dict[str, Any]]) -> list[str]:
     return rows
 
 
+# The networks that have no K are levels in the picture.
+STYLES = {"float": "--", "bw": ":"}
 TABLES: dict[str, Callable[[Measured], list[str]]] = {
     "cifar10": lambda measured: cifar10(measured.results),
     "mnist": lambda measured: mnist(measured.results),
@@ -298,10 +307,10 @@ def _draw_cifar10(axis: Any, runs: Sequence[Result]) -> None:
             orders, values = _by_order([r for r in own if r.scale == scale], lambda r: 100 * r.accuracy)
             if orders:
                 axis.plot(orders, [statistics.fmean(v) for v in values], "o-", label=f"{network}, {scale}")
-        for order, label, style in (("float", "float", "--"), ("bw", "binary weights, float activations", ":")):
-            level = [100 * r.accuracy for r in own if r.order == order]
-            if level:
-                axis.axhline(statistics.fmean(level), color="gray", linestyle=style, label=label)
+        by_name = {r.name: r for r in runs}
+        for run in (r for r in own if r.order in STYLES):
+            label, style = f"{run.order}, {epochs_in_all(run, by_name)} epochs", STYLES[run.order]
+            axis.axhline(100 * run.accuracy, color="gray", linestyle=style, label=label)
 
 
 def _draw_mnist(axis: Any, runs: Sequence[Result]) -> None:

@@ -89,11 +89,12 @@ class Settings:
 
     @property
     def command(self) -> str:
-        """The command that makes this result again, in the default folder; what is at its default is left out."""
+        """The command that makes this result again, in the default folder; else what is at its default is left out."""
         usual, words = arguments([self.dataset, self.network]), []
         for field in dataclasses.fields(self)[2:]:
             value = getattr(self, field.name)
-            if field.name == "seed" or (value is not None and str(value) != str(getattr(usual, field.name))):
+            always = field.name in ("order", "seed") or (field.name == "scale" and isinstance(self.order, int))
+            if always or (value is not None and str(value) != str(getattr(usual, field.name))):
                 folder = f"{usual.out}/" if field.name in ("start", "teacher") else ""
                 words.append(f"--{field.name}" if value is True else f"--{field.name} {folder}{value}")
         return " ".join([f"python examples/train.py {self.dataset} {self.network}", *words])
@@ -447,7 +448,8 @@ def hardware() -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}"
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ End.
 
 
 def _found(dataset: str, order: int | str, right: float, **changed: Any) -> dict[str, Any]:
+    scale, seed = changed.get("scale", "static"), changed.get("seed", 0)
     errors = {"static": 0.5, "sample": 0.25, "patch": 0.125}
     points = [{"order": k, "scale": s, "error": e**k} for s, e in errors.items() for k in (1, 2)]
     return {
@@ -40,7 +41,7 @@ def _found(dataset: str, order: int | str, right: float, **changed: Any) -> dict
         "accuracy": right,
         "start": None,
         "approximation": points if order == "bw" else [],
-        "command": f"train {dataset} {order} {changed.get('scale')} --seed {changed.get('seed', 0)}",
+        "command": f"train {dataset} --order {order} --scale {scale} --seed {seed}",
         "hardware": "a machine, 1 threads",
         **changed,
     }
@@ -89,8 +90,10 @@ def test_tables(docs: Path, tmp_path: Path) -> None:
     assert "| K=1 | 1.90 ± 0.14 (2) | – | 1.50 (1) | 1.96 |" in page
     assert "| float | 1.00 (1) | | | |" in page
     assert "| K=2 | 25.0 | 6.2 | 1.6 |" in page
-    assert "train mnist 1 None --seed SEED  # SEED in 0, 1" in page
-    assert "train cifar10 3 None --seed 0" in page
+    # Three of the four of two scales and two seeds: not all that a pattern would say.
+    assert "train mnist --order 1 --scale patch --seed 0\n" in page
+    assert "train mnist --order 1 --scale static --seed 1\n" in page
+    assert "train cifar10 --order ORDER --scale SCALE --seed SEED\n    # ORDER: 2, 3\n    # SCALE: static\n" in page
     assert page.count("On a machine, 1 threads:") == 2
 
 
@@ -110,6 +113,20 @@ def test_a_newer_result_takes_the_place_of_the_older(docs: Path, tmp_path: Path)
     better = {"mnist-float-seed0": _found("mnist", "float", 0.995)}
     assert accuracy.update(_files(tmp_path, better), docs) == len(RESULTS)
     assert "| float | 0.50 (1) | | | |" in (docs / "accuracy.md").read_text()
+
+
+def test_every_float_network_is_a_level_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was trained for longer is not averaged with what was not, and the others are measured against it."""
+    longer = _found("cifar10", "float", 0.95, start="resnet20-float-seed0.pt", epochs=4)
+    results = [accuracy.result(n, f) for n, f in {**RESULTS, "resnet20-float-seed0-longer": longer}.items()]
+    levels: dict[str, float] = {}
+    axis = type("Axis", (), {"set_title": lambda *a, **k: None, "plot": lambda *a, **k: None})()
+    axis.axhline = lambda y, label, **style: levels.update({label: y})
+    accuracy._draw_cifar10(axis, [r for r in results if r.dataset == "cifar10"])
+    assert levels == pytest.approx({"float, 3 epochs": 90, "float, 7 epochs": 95, "bw, 6 epochs": 89})
+    rows = "\n".join(accuracy.cifar10(results))
+    assert "| resnet20 | HORQ K=2, static | 87.10 | 7.90 |" in rows
+    assert "| resnet20 | float | 95.00 |  |  | 4 (7) |" in rows
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"dataset": "mnist"}'])

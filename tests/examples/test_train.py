@@ -82,7 +82,9 @@ def test_a_run_from_start_to_files(tmp_path: Path) -> None:
     result = _run(tmp_path, "--order", "2", "--epochs", "4")
     assert result["accuracy"] > 0.9
     assert [record["epoch"] for record in result["history"]] == [1, 2, 3, 4]
-    assert result["command"] == "python examples/train.py mnist mnist --epochs 4 --seed 0 --batch 32 --rate 0.01"
+    assert result["command"] == (
+        "python examples/train.py mnist mnist --order 2 --scale static --epochs 4 --seed 0 --batch 32 --rate 0.01"
+    )
     assert json.loads((tmp_path / "mnist-k2-static-seed0.json").read_text()) == result
     (layer,) = result["layers"]
     assert 0 < layer["activations"] < 0.4
