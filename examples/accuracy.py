@@ -47,6 +47,7 @@ class Result:
     approximation: tuple[dict[str, Any], ...]
     command: str
     hardware: str
+    tag: str
 
     def lost(self, order: int, scale: str) -> float:
         """‖X − X̂‖²/‖X‖² of its float activations by so many planes, the mean over the layers."""
@@ -303,10 +304,12 @@ def _draw_cifar10(axis: Any, runs: Sequence[Result]) -> None:
     axis.set_title("CIFAR-10, test accuracy (%)", fontsize=10)
     for network in sorted({r.network for r in runs}):
         own = [r for r in runs if r.network == network]
-        for scale in SCALES:
-            orders, values = _by_order([r for r in own if r.scale == scale], lambda r: 100 * r.accuracy)
+        # One line for what was trained in one way: tags tell ways apart, seeds are averaged.
+        for scale, tag in sorted({(r.scale, r.tag) for r in own}):
+            orders, values = _by_order([r for r in own if (r.scale, r.tag) == (scale, tag)], lambda r: 100 * r.accuracy)
             if orders:
-                axis.plot(orders, [statistics.fmean(v) for v in values], "o-", label=f"{network}, {scale}")
+                label = ", ".join(part for part in (network, scale, tag) if part)
+                axis.plot(orders, [statistics.fmean(v) for v in values], "o-", label=label)
         by_name = {r.name: r for r in runs}
         for run in (r for r in own if r.order in STYLES):
             label, style = f"{run.order}, {epochs_in_all(run, by_name)} epochs", STYLES[run.order]

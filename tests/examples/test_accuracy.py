@@ -43,6 +43,7 @@ def _found(dataset: str, order: int | str, right: float, **changed: Any) -> dict
         "approximation": points if order == "bw" else [],
         "command": f"train {dataset} --order {order} --scale {scale} --seed {seed}",
         "hardware": "a machine, 1 threads",
+        "tag": "",
         **changed,
     }
 
@@ -118,12 +119,20 @@ def test_a_newer_result_takes_the_place_of_the_older(docs: Path, tmp_path: Path)
 def test_every_float_network_is_a_level_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was trained for longer is not averaged with what was not, and the others are measured against it."""
     longer = _found("cifar10", "float", 0.95, start="resnet20-float-seed0.pt", epochs=4)
-    results = [accuracy.result(n, f) for n, f in {**RESULTS, "resnet20-float-seed0-longer": longer}.items()]
+    again = _found("cifar10", 2, 0.94, tag="longer")
+    found = {**RESULTS, "resnet20-float-seed0-longer": longer, "resnet20-k2-static-seed0-longer": again}
+    results = [accuracy.result(name, values) for name, values in found.items()]
     levels: dict[str, float] = {}
-    axis = type("Axis", (), {"set_title": lambda *a, **k: None, "plot": lambda *a, **k: None})()
+    lines: dict[str, list[float]] = {}
+    axis = type("Axis", (), {"set_title": lambda *a, **k: None})()
+    axis.plot = lambda x, y, style, label: lines.update({label: y})
     axis.axhline = lambda y, label, **style: levels.update({label: y})
     accuracy._draw_cifar10(axis, [r for r in results if r.dataset == "cifar10"])
     assert levels == pytest.approx({"float, 3 epochs": 90, "float, 7 epochs": 95, "bw, 6 epochs": 89})
+    assert lines == {
+        "resnet20, static": pytest.approx([87.1, 88]),
+        "resnet20, static, longer": pytest.approx([94]),
+    }
     rows = "\n".join(accuracy.cifar10(results))
     assert "| resnet20 | HORQ K=2, static | 87.10 | 7.90 |" in rows
     assert "| resnet20 | float | 95.00 |  |  | 4 (7) |" in rows
