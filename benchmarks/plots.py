@@ -79,7 +79,7 @@ def _bars(axis: Axes, records: Sequence[Record]) -> None:
         floor = sum(record["floor_ms"].values())
         label = "arithmetic floor" if row == 0 else None
         axis.plot([floor, floor], [row - 0.4, row + 0.4], color="black", linewidth=1.5, label=label)
-        text = f" {record['median_ms']:.2f} ms" + "".join(
+        text = f" {record['median_ms']:.3g} ms" + "".join(
             f", {times:.1f}x {peer.replace('onnxruntime', 'ort')}" for peer, times in record["speedup"].items()
         )
         axis.text(left[row], row, text, va="center", fontsize=8)

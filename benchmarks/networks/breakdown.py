@@ -14,10 +14,10 @@ STEM, BINARISE, POPCOUNT, EPILOGUE = "stem", "binarise", "popcount", "epilogue"
 REST, POOLING, OTHER = "rest", "pooling", "other"
 CLASSES = (STEM, BINARISE, POPCOUNT, EPILOGUE, REST, POOLING, OTHER)
 
-_BINARISING = frozenset({"binarize", "scales", "pad_planes"})
+_BINARISING = re.compile(r"^(binarize|scales|pad_planes)")
 _POOLING = re.compile(r"pool|^mean$")
 _ELEMENTWISE = frozenset(name.rpartition(".")[2] for name in ELEMENTWISE)
-_PAD = "pad"
+_PADDING = re.compile(r"(^|_)pad$")
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,13 @@ def spent_ms(
 def first_binary(steps: Sequence[Step], work: Mapping[str, Work]) -> int:
     """The step with which the first binary layer begins: its kernel, or the passes right before it that are its own."""
     kernel = next((i for i, step in enumerate(steps) if step.layer in work and work[step.layer].binary), 0)
-    while kernel > 0 and (steps[kernel - 1].operator in _BINARISING or steps[kernel - 1].operator == _PAD):
+    while kernel > 0 and _is_passage(steps[kernel - 1]):
         kernel -= 1
     return kernel
+
+
+def _is_passage(step: Step) -> bool:
+    return bool(_BINARISING.search(step.operator) or _PADDING.search(step.operator))
 
 
 def _next_layer(steps: Sequence[Step], work: Mapping[str, Work]) -> Work | None:
@@ -78,9 +82,9 @@ def _next_layer(steps: Sequence[Step], work: Mapping[str, Work]) -> Work | None:
 
 def _class(step: Step, ahead: Work | None) -> str:
     """Of a step that is no binary layer's kernel; `ahead` is the layer of this step or of the next that has one."""
-    if step.operator in _BINARISING:
+    if _BINARISING.search(step.operator):
         return BINARISE
-    if step.operator == _PAD and ahead is not None:
+    if _PADDING.search(step.operator) and ahead is not None:
         return BINARISE if ahead.binary else REST
     if step.layer or "packed" in step.operator or "quant" in step.operator:
         return REST

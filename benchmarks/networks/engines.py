@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,9 +93,16 @@ def ours(setting: Setting, subject: Subject, order: int, scale: Scale, rest: str
     model = compiled.load(setting.threads)
     aligned = {name: aligned_copy(array) for name, array in feeds.items()}
     steps = tuple(step.name for step in model.profile(runs=1, **aligned))
-    library = Library(model, steps, layer_work(subject, order, scale, rests_of(model)))
-    how = {"order": order, "scale": scale, "rest": rest, "activation": subject.activation}
-    return Engine(OURS, label, lambda: model(**aligned), library=library, **how)
+    return Engine(
+        OURS,
+        label,
+        lambda: model(**aligned),
+        order=order,
+        scale=scale,
+        rest=rest,
+        activation=subject.activation,
+        library=Library(model, steps, layer_work(subject, order, scale, rests_of(model))),
+    )
 
 
 def rivals(setting: Setting, subject: Subject, names: Sequence[str], feeds: Feeds) -> list[Engine]:
@@ -108,11 +117,24 @@ def rivals(setting: Setting, subject: Subject, names: Sequence[str], feeds: Feed
         engines.append(_rival(peers.float32(path, feeds, setting.threads)))
     if peers.INT8 in names:
         setting.say(f"{subject.name}: quantising for {peers.INT8}")
-        engines += [_rival(peer) for peer in peers.int8(path, feeds, setting.threads, calibration(subject))]
+        with _quiet():
+            engines += [_rival(peer) for peer in peers.int8(path, feeds, setting.threads, calibration(subject))]
     if TVM in names:
         setting.say(f"{subject.name}: compiling with TVM alone")
         engines.append(Engine(TVM, TVM, plain_tvm(path, setting, feeds)))
     return engines
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back what the quantiser tells the root logger: which weights it could not take by channel."""
+    log = logging.getLogger()
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _rival(peer: peers.Peer) -> Engine:

@@ -83,9 +83,9 @@ def find(name: str, batch: int, activations: Iterable[str], twin: str, folder: P
     if name in ZOO:
         return [ZooNetwork(name, batch, activation, twin, folder) for activation in activations]
     if name == NSFW:
-        return [FloatFile(NSFW, open_nsfw(), batch)]
+        return [FloatFile(NSFW, open_nsfw(), batch, folder)]
     if name.endswith(".onnx") and Path(name).is_file():
-        return [FloatFile(Path(name).stem, Path(name), batch)]
+        return [FloatFile(Path(name).stem, Path(name), batch, folder)]
     raise UsageError(f"network {name!r}; accepted: {', '.join(NAMES)}, or an .onnx file that exists")
 
 
@@ -195,6 +195,7 @@ class FloatFile:
     name: str
     path: Path
     batch: int
+    folder: Path
     activation: str = "relu"
 
     @property
@@ -222,8 +223,14 @@ class FloatFile:
         return {"order": order, "scale": scale}
 
     def twin(self) -> Path:
-        """The file itself."""
-        return self.path
+        """The file with its batch fixed: what computes shapes folds away then, which else keeps int8 from its speed."""
+        proto = onnx.load(self.path)
+        for value in proto.graph.input:
+            if value.name in self.shapes:
+                value.type.tensor_type.shape.dim[0].dim_value = self.batch
+        path = self.folder / f"{self.name}-batch{self.batch}.onnx"
+        onnx.save(proto, path)
+        return path
 
 
 def open_nsfw() -> Path:

@@ -97,7 +97,8 @@ def test_every_nanosecond_is_in_one_class() -> None:
         "pad1": "binarise",
         "fused_packed_bitserial_1 a": "popcount",
         "multiply1": "epilogue",
-        "pad2": "rest",
+        "scales_sample1": "binarise",
+        "replicate_pad2": "rest",
         "packed_conv2d side": "rest",
         "mean": "pooling",
         "softmax": "other",
@@ -250,6 +251,16 @@ def test_a_float_file_by_its_path_and_an_int8_rest(
     assert ours["rest"] == "int8"
     assert set(ours["floor_ms"]) == {"binary", "int8"}
     assert ours["breakdown_ms"]["rest"] > 0
+
+
+def test_peers_get_a_file_whose_batch_is_fixed(small: str, tmp_path: Path) -> None:
+    proto = onnx.load(subject(tmp_path).twin())
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.save(proto, tmp_path / "open.onnx")
+    (found,) = subjects.find(str(tmp_path / "open.onnx"), 3, ["signed"], "deployed", tmp_path)
+    assert found.shapes == {"image": (3, 3, SIZE, SIZE)}
+    axes = onnx.load(found.twin()).graph.input[0].type.tensor_type.shape.dim
+    assert [axis.dim_value for axis in axes] == [3, 3, SIZE, SIZE]
 
 
 @pytest.mark.parametrize(
