@@ -8,14 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from horq_tvm.cli import options
-from horq_tvm.errors import HorqError, UsageError
+from horq_tvm.errors import UsageError
 from horq_tvm.files import replacing
+
+from .command import execute
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -164,18 +165,7 @@ def run(given: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 the work failed, 2 the call was mistaken."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        run(parser().parse_args(words))
-    except HorqError as error:
-        if "--debug" in words:
-            traceback.print_exc()
-        print(f"benchmarks.plots: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except ImportError as error:
-        print(f"benchmarks.plots: error: {error}; matplotlib comes with: pip install 'horq-tvm[dev]'", file=sys.stderr)
-        return 1
-    return 0
+    return execute("plots", parser(), run, argv)
 
 
 if __name__ == "__main__":

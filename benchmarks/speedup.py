@@ -19,7 +19,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,14 +26,14 @@ from typing import Any
 
 import numpy as np
 
-from horq_tvm import extras, peers, targets
+from horq_tvm import peers, targets
 from horq_tvm.cli import options
 from horq_tvm.cli.show import progress, table, write_json
-from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.files import check_writable
 from horq_tvm.runtime.loader import load
 
 from . import arguments, fragments, onnx_layers, peak
+from .command import execute, target_that_runs_here
 from .fragments import Conv, Fragment
 from .measure import Probe, alternate, call_probe, kernel_probe, pinned, ratio
 
@@ -168,10 +167,7 @@ def parser() -> options.Parser:
 
 def run(given: argparse.Namespace) -> None:
     """Measure, print the table, write the records."""
-    target = targets.resolve(given.target)
-    missing = target.missing_on(targets.this_host().flags)
-    if missing:
-        raise UsageError(f"target {target.name} cannot be timed here: this machine lacks {', '.join(missing)}")
+    target = target_that_runs_here(given.target)
     if given.json not in (None, "-"):
         check_writable(given.json)
     with progress() as say, tempfile.TemporaryDirectory(prefix="horq-speedup-") as scratch, pinned(1):
@@ -184,18 +180,7 @@ def run(given: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 the work failed, 2 the call was mistaken."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        run(parser().parse_args(words))
-    except HorqError as error:
-        if "--debug" in words:
-            traceback.print_exc()
-        print(f"benchmarks.speedup: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except ImportError as error:
-        print(f"benchmarks.speedup: error: {extras.missing(error)}", file=sys.stderr)
-        return 1
-    return 0
+    return execute("speedup", parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from horq_tvm.errors import HorqError
 
 _EXTRA_OF = {
     "cloudpickle": "compiler",
+    "matplotlib": "dev",
     "onnx": "compiler",
     "onnxruntime": "compiler",
     "pydantic": "compiler",

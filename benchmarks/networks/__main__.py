@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from horq_tvm import extras, peers, targets
+from horq_tvm import peers, targets
 from horq_tvm.cli import options
 from horq_tvm.cli.show import progress, write_json
-from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.files import check_writable
 from horq_tvm.specs import RESTS, SCALES
 
 from .. import arguments
+from ..command import execute, target_that_runs_here
 from ..measure import pinned
 from . import engines, report, subjects
 from .engines import Engine, Peaks, Setting
@@ -99,10 +98,7 @@ def parser() -> options.Parser:
 
 def run(given: argparse.Namespace) -> None:
     """Measure, print the tables, write the records."""
-    target = targets.resolve(given.target)
-    missing = target.missing_on(targets.this_host().flags)
-    if missing:
-        raise UsageError(f"target {target.name} cannot be timed here: this machine lacks {', '.join(missing)}")
+    target = target_that_runs_here(given.target)
     if given.json not in (None, "-"):
         check_writable(given.json)
     if given.keep is not None:
@@ -118,18 +114,7 @@ def run(given: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 the work failed, 2 the call was mistaken."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        run(parser().parse_args(words))
-    except HorqError as error:
-        if "--debug" in words:
-            traceback.print_exc()
-        print(f"benchmarks.networks: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except ImportError as error:
-        print(f"benchmarks.networks: error: {extras.missing(error)}", file=sys.stderr)
-        return 1
-    return 0
+    return execute("networks", parser(), run, argv)
 
 
 if __name__ == "__main__":
