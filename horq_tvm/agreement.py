@@ -17,7 +17,7 @@ RANDOM_INPUTS = 8
 
 @dataclass(frozen=True)
 class Agreement:
-    """`agreement`: share of rows with the same arg max; `cosine`: mean over inputs; both of the first output.
+    """Of the first output: `agreement`, the share with the same arg max over the classes; `cosine`, the mean over inputs.
 
     `cosine` is None where an output holds NaN or infinity, of which there is no cosine.
     """
@@ -35,8 +35,7 @@ def compare(model: LoadedModel, reference: LoadedModel, data: Mapping[str, np.nd
     for feed in batches(reference.inputs, data):
         name = reference.outputs[0].name
         a, b = (np.asarray(m(**feed)[name], "float64") for m in (model, reference))
-        rows_a, rows_b = (v.reshape(-1, v.shape[-1] if v.ndim else 1) for v in (a, b))
-        same.append(float((rows_a.argmax(1) == rows_b.argmax(1)).mean()))
+        same.append(float((_top(a) == _top(b)).mean()))
         with np.errstate(invalid="ignore"):
             norm = float(np.linalg.norm(a) * np.linalg.norm(b))
             cosines.append(float((a * b).sum()) / norm if norm else float(not np.any(a - b)))
@@ -44,6 +43,11 @@ def compare(model: LoadedModel, reference: LoadedModel, data: Mapping[str, np.nd
     what = f"{count} random inputs" if data is None else f"the calibration data ({count} batches)"
     cosine = float(np.mean(cosines))
     return Agreement(float(np.mean(same)), cosine if np.isfinite(cosine) else None, what)
+
+
+def _top(scores: np.ndarray) -> np.ndarray:
+    """The arg max over the classes: of an image [N,C,H,W], as segmentation gives it, axis 1; else the last axis."""
+    return np.atleast_1d(scores).argmax(1 if scores.ndim == 4 else -1)
 
 
 def batches(inputs: tuple[TensorSpec, ...], data: Mapping[str, np.ndarray] | None) -> Iterator[dict[str, np.ndarray]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,13 +38,21 @@ Progress = Callable[[str], None]
 TRAINING = "docs/training.md says how to train for HORQ"
 
 
+class _Folder:
+    """A temporary folder that lasts as long as something refers to it."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="horq-tvm-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class CompiledModel:
     """A library in a temporary folder; `export` puts it where it shall stay."""
 
     library: Path
     report: Mapping[str, Any]
-    _folder: tempfile.TemporaryDirectory[str]
+    _folder: _Folder
 
     def export(self, path: str | Path) -> Path:
         """Copies the library to `path`, under a temporary name first. HorqError where the path is not writable."""
@@ -107,6 +116,7 @@ def build(
     loaded_plan = plan if isinstance(plan, Plan) or plan is None else load_plan(plan)
     choices = layers.choose(found, plan=loaded_plan, trained=imported.trained, order=order, scale=scale)
     configs = {name: choice.config for name, choice in choices.items() if choice.config is not None}
+    _check_taps(taps, choices)
     _warn_of_nothing(choices, order)
     session = _Session(imported, canonical, resolved, calibration, rest, say)
     return session.compile(session.calibrate(configs), taps, found, choices)
@@ -227,8 +237,8 @@ def emit(rewritten: tvm.IRModule, target: targets.Target, manifest: Manifest, sa
         grouped = pipeline.optimise(target)(rewritten)
         lowered = pipeline.lower(target)(grouped)
     say("compiling")
-    folder = tempfile.TemporaryDirectory(prefix="horq-tvm-")
-    library = Path(folder.name) / "model.so"
+    folder = _Folder()
+    library = folder.path / "model.so"
     written = standalone(lowered, target, manifest, library, _step_names(grouped))
     return CompiledModel(library, written.to_dict(), folder)
 
@@ -262,6 +272,18 @@ def _check_rest(rest: str, target: targets.Target) -> None:
         raise UsageError(
             f"rest: int8 has no kernels for the family {target.family!r} of {target.name}; accepted: float32"
         )
+
+
+def _check_taps(taps: Sequence[str], choices: Mapping[str, layers.Choice]) -> None:
+    """UsageError for a layer that there is not, or that has no planes, before anything takes time."""
+    for name in taps:
+        if name not in choices:
+            raise UsageError(f"cannot tap {name!r}: there is no such layer; there are: {', '.join(choices) or 'none'}")
+        if choices[name].config is None:
+            able = ", ".join(other for other, choice in choices.items() if choice.config is not None) or "none"
+            raise UsageError(
+                f"cannot tap {name!r}: it stays float ({choices[name].reason}), so without planes; accepted: {able}"
+            )
 
 
 def _record(layer: layers.Layer, choice: layers.Choice, config: LayerConfig | None, rest: Rest) -> LayerRecord:

@@ -21,7 +21,7 @@ DEFAULT_SCALE = "sample"
 
 NOT_CONSTANT = "its weights are not constant"
 LAYER_OPS = {"horq.conv2d": "conv2d", "horq.dense": "dense"}
-# Between a layer and the model's edge, these too are a conv or dense layer: weights not constant, or of another kind.
+# Between a layer and the model's edge, these too are a conv or dense layer: of opaque weights, or of another kind.
 OTHER_LAYER_OPS = frozenset(
     {"relax.matmul", *(f"relax.nn.conv{rank}d{kind}" for rank in (1, 2, 3) for kind in ("", "_transpose"))}
 )
@@ -31,7 +31,7 @@ Source = Literal["plan", "model", "order", "default"]
 
 @dataclass(frozen=True)
 class Layer:
-    """A conv or dense layer. `weight` is its shape, [F,kh,kw,C/g] or [F,L], None where it is not constant.
+    """A conv or dense layer. `weight` is its shape, [F,kh,kw,C/g] or [F,L], None where `opaque` says what is wrong.
 
     `reads_input` and `feeds_output`: a model input reaches it, or it reaches a model output, with no other conv or
     dense between.
@@ -43,6 +43,7 @@ class Layer:
     groups: int = 1
     reads_input: bool = False
     feeds_output: bool = False
+    opaque: str | None = None
 
     @property
     def depthwise(self) -> bool:
@@ -52,8 +53,8 @@ class Layer:
     @property
     def reason_to_stay_float(self) -> str | None:
         """Why the layer is float unless a plan or the model itself says otherwise."""
-        if self.weight is None:
-            return NOT_CONSTANT
+        if self.opaque is not None:
+            return self.opaque
         if self.reads_input:
             return "it reads the model's input"
         if self.feeds_output:
@@ -71,7 +72,7 @@ class Choice:
 
 
 def enumerate_layers(mod: tvm.IRModule) -> tuple[Layer, ...]:
-    """The layers of a module in canonical form, in topological order; those without constant weights come last."""
+    """The layers of a module in canonical form, in topological order; those of opaque weights come last."""
     program = read_main(mod)
     reads = _reached_by_inputs(program)
     feeds = _reaching_outputs(program)
@@ -83,7 +84,7 @@ def enumerate_layers(mod: tvm.IRModule) -> tuple[Layer, ...]:
             name, weight = str(value.attrs["name"]), ops.shape_of(value.args[1])
             layers.append(Layer(name, op, weight, groups, var in reads, var in feeds))
     opaque = mod.attrs[OPAQUE_LAYERS] if mod.attrs and OPAQUE_LAYERS in mod.attrs else []
-    return (*layers, *(Layer(str(name), str(op)) for name, op in opaque))
+    return (*layers, *(Layer(str(name), str(op), opaque=str(reason)) for name, op, reason in opaque))
 
 
 def choose(
@@ -98,10 +99,10 @@ def choose(
 
     `order` (1 to 8, or "float") and `scale` are None where the caller did not give them. A plan speaks of the layers
     that it lists and, where it has a `default`, of all others too, the first and last layer included; it cannot rewrite
-    a layer whose weights are not constant.
+    a layer of opaque weights.
 
     Raises:
-        UsageError: an unknown layer, order or scale, or a plan that lists a layer whose weights are not constant.
+        UsageError: an unknown layer, order or scale, or a plan that lists a layer of opaque weights.
         HorqError: a HORQ node that is not among the layers.
     """
     plan, trained = plan or Plan(), trained or {}
@@ -129,11 +130,11 @@ def _choice(layer: Layer, plan: Plan, trained: LayerConfig | None, fallback: Cho
 def _planned(layer: Layer, config: Any, source: str, *, listed: bool) -> Choice:
     if config is None:
         return Choice(None, "the plan says float" if listed else "the plan's default is float", "plan")
-    if layer.weight is not None:
+    if layer.opaque is None:
         return Choice(config, None, "plan")
     if listed:
-        raise UsageError(f"{source}: layers.{layer.name}: {NOT_CONSTANT}, so it cannot be rewritten; accepted: float")
-    return Choice(None, NOT_CONSTANT, "plan")
+        raise UsageError(f"{source}: layers.{layer.name}: {layer.opaque}, so it cannot be rewritten; accepted: float")
+    return Choice(None, layer.opaque, "plan")
 
 
 def _fallback(order: int | str | None, scale: str | None, has_trained: bool) -> Choice:

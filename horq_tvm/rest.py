@@ -14,7 +14,7 @@ import tvm
 
 from . import agreement, reference_int8
 from .errors import HorqError
-from .layers import NOT_CONSTANT, Layer
+from .layers import Layer
 from .manifest import Manifest
 from .ops.int8 import MAX_ROW, Activation
 from .relay_passes.expose_inputs import EXPOSED_INPUTS, ExposeInputs
@@ -36,7 +36,7 @@ class Calibrated:
 def reason_for_float32(layer: Layer) -> str | None:
     """Why an unbinarised layer has no int8 form, None where it has one."""
     if layer.weight is None:
-        return NOT_CONSTANT
+        return layer.opaque
     if layer.depthwise and layer.groups > 1:  # a grey image has one channel too
         return "int8 has no depthwise kernel"
     row, filters = int(np.prod(layer.weight[1:])), layer.weight[0] // layer.groups

@@ -9,7 +9,7 @@ import tvm
 from tvm import relax
 
 from horq_tvm import ops
-from horq_tvm.layers import OPAQUE_LAYERS
+from horq_tvm.layers import NOT_CONSTANT, OPAQUE_LAYERS
 from horq_tvm.straightline import Array, Program, Writer, array_of, constant, op_name, read_main
 
 Padding = tuple[int, int, int, int]
@@ -23,7 +23,7 @@ class NameLayers:
     `horq.name`, permutes and reshapes, which are computed. A zero `nn.pad` of H and W before a conv becomes padding
     of the conv, so that `sample` and `static` do not take its zeros for elements.
     Layers with another weight stay what they are and are listed in the module attribute "horq.opaque_layers" as
-    [name, "conv2d" or "dense"].
+    [name, "conv2d" or "dense", why it is none].
     No `horq.name` is left.
     """
 
@@ -43,25 +43,39 @@ class NameLayers:
 
 
 def _layer(program: Program, value: relax.Expr, opaque: list[list[str]]) -> relax.Call | None:
-    """The layer that a binding is, None where it is none or its weight is not constant (entered in `opaque`)."""
+    """The layer that a binding is, None where it is none, or one whose weight is opaque (entered in `opaque`)."""
     kinds = {"relax.nn.conv2d": "conv2d", "relax.matmul": "dense"}
     kind = kinds.get(op_name(value))
-    name = _name_of(program, value.args[1]) if kind else None
-    if kind is None or name is None:
+    named = _name_of(program, value.args[1]) if kind else None
+    if kind is None or named is None:
         return None
     weight = _constant_of(program, value.args[1])
-    layer = None
-    if weight is not None and weight.dtype == np.float32:
-        layer = _conv2d(program, value, weight, name) if kind == "conv2d" else _dense(value, weight, name)
-    if layer is None:
-        opaque.append([name, kind])
-    return layer
-
-
-def _conv2d(program: Program, call: relax.Call, weight: Array, name: str) -> relax.Call | None:
-    attrs = call.attrs
-    if (attrs.data_layout, attrs.kernel_layout) != ("NHWC", "OHWI"):
+    reason = _why_opaque(kind, value, weight)
+    if reason is not None:
+        opaque.append([str(named.attrs["name"]), kind, reason])
         return None
+    assert weight is not None  # or there is a reason
+    how: dict[str, Any] = {"name": str(named.attrs["name"]), "affines": int(named.attrs["affines"])}
+    if kind == "dense":
+        return ops.dense(value.args[0], constant(weight.T), **how)
+    return _conv2d(program, value, weight, how)
+
+
+def _why_opaque(kind: str, call: relax.Call, weight: Array | None) -> str | None:
+    """Why a product is no layer of the dialect, None where it is one."""
+    if weight is None:
+        return NOT_CONSTANT
+    if weight.dtype != np.float32:
+        return f"its weights are {weight.dtype}, not float32"
+    if kind == "dense":
+        axes = weight.ndim
+        return None if axes == 2 else f"its weights have {axes} {'axis' if axes == 1 else 'axes'}, not 2"
+    layouts = call.attrs.data_layout, call.attrs.kernel_layout
+    return None if layouts == ("NHWC", "OHWI") else f"its layouts are {' and '.join(layouts)}, not NHWC and OHWI"
+
+
+def _conv2d(program: Program, call: relax.Call, weight: Array, how: dict[str, Any]) -> relax.Call:
+    attrs = call.attrs
     top, left, bottom, right = (int(extent) for extent in attrs.padding)
     x, (more_top, more_left, more_bottom, more_right) = _unpadded(program, call.args[0])
     stride_y, stride_x = (int(stride) for stride in attrs.strides)
@@ -69,18 +83,12 @@ def _conv2d(program: Program, call: relax.Call, weight: Array, name: str) -> rel
     return ops.conv2d(
         x,
         constant(weight),
-        name=name,
+        **how,
         strides=(stride_y, stride_x),
         padding=(top + more_top, left + more_left, bottom + more_bottom, right + more_right),
         dilation=(dilation_y, dilation_x),
         groups=int(attrs.groups),
     )
-
-
-def _dense(call: relax.Call, weight: Array, name: str) -> relax.Call | None:
-    if weight.ndim != 2 or len(call.args[0].ty.shape) < 2:
-        return None
-    return ops.dense(call.args[0], constant(weight.T), name=name)
 
 
 def _unpadded(program: Program, x: relax.Expr) -> tuple[relax.Expr, Padding]:
@@ -96,13 +104,13 @@ def _unpadded(program: Program, x: relax.Expr) -> tuple[relax.Expr, Padding]:
     return pad.args[0], (top, left, bottom, right)
 
 
-def _name_of(program: Program, weight: relax.Expr) -> str | None:
-    """The name above a weight, through permutes and reshapes."""
+def _name_of(program: Program, weight: relax.Expr) -> relax.Call | None:
+    """The `horq.name` above a weight, through permutes and reshapes."""
     value = program.values.get(weight) if isinstance(weight, relax.Var) else None
     if value is None:
         return None
     if op_name(value) == "horq.name":
-        return str(value.attrs["name"])
+        return value
     return _name_of(program, value.args[0]) if op_name(value) in ("relax.permute_dims", "relax.reshape") else None
 
 

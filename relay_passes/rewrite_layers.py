@@ -34,9 +34,10 @@ class RewriteLayers:
 
     Layers that read the same value in the same way share scales and planes. A dense layer x[...,L] becomes a 1×1
     convolution over [N,1,M,L], N the first axis, so that `patch` means a row of the last axis and `sample` one image.
-    For each layer of `taps`, main also returns its input, β, planes and output, and the module attribute
-    "horq.tap_names" lists their names in that order. Raises HorqError on a name of `configs` that is not in the module,
-    UsageError on a layer that cannot be tapped and on `static` without as many betas as the order.
+    For each layer of `taps`, main also returns its input, β, planes and output, the latter behind the α and bias that
+    the layer's node has; the module attribute "horq.tap_names" lists their names in that order. Raises HorqError on a
+    name of `configs` that is not in the module, UsageError on a layer that cannot be tapped and on `static` without as
+    many betas as the order.
     """
 
     def __init__(self, configs: Mapping[str, LayerConfig], taps: Sequence[str] = ()) -> None:
@@ -64,6 +65,7 @@ class RewriteLayers:
                     writer.bind(var, value)
                 else:
                     writer.map(var, rewriter.layer(value, config))
+                    rewriter.parts[str(value.attrs["name"])]["output"] = _output(program, var, value)
             return self._finish(writer, program, rewriter)
 
     def _finish(self, writer: Writer, program: Program, rewriter: _Rewriter) -> tvm.IRModule:
@@ -100,7 +102,7 @@ class _Rewriter:
         output = self.writer.emit(ops.bitserial(*operands, dense=dense, **how))
         if dense:
             output = self.writer.emit(relax.op.reshape(output, ops.shape_of(value)))
-        self.parts[name] = {"input": x, "beta": beta, "planes": planes, "output": output}
+        self.parts[name] = {"input": x, "beta": beta, "planes": planes}
         return output
 
     def _share(self, key: Any, value: relax.Expr) -> relax.Expr:
@@ -132,6 +134,17 @@ class _Rewriter:
         window = _window(config, geometry, keep_groups=True)
         how: dict[str, Any] = {"order": config.order, "scale": config.scale, "geometry": window}
         return self._share((x, beta, "planes", config.order, config.scale, window), ops.binarize(x, beta, **how))
+
+
+def _output(program: Program, var: relax.Var, layer: relax.Call) -> relax.Var:
+    """The value behind the affines that are the layer's own; a reshape may stand among them (a 1-D convolution)."""
+    left = int(layer.attrs["affines"])
+    while left:
+        user = program.sole_user(var)
+        if user is None:
+            raise HorqError(f"layer {layer.attrs['name']}: found its product in use before its own {left} affines")
+        var, left = user, left - (op_name(program.values[user]) in ("relax.add", "relax.multiply"))
+    return var
 
 
 def _window(config: LayerConfig, geometry: ops.Geometry, *, keep_groups: bool) -> ops.Geometry:

@@ -486,5 +486,6 @@ def _matmul(layout: _Layout, call: relax.Call) -> _View | None:
     if array is None or array.ndim != 2:
         return None
     moved = array.reshape(*view.features, -1).transpose(1, 0, 2).reshape(array.shape)
-    renamed = layout.writer.emit(ops.name(constant(moved), name=str(named.attrs["name"])))
+    name, affines = str(named.attrs["name"]), int(named.attrs["affines"])
+    renamed = layout.writer.emit(ops.name(constant(moved), name=name, affines=affines))
     return layout.emit(relax.op.matmul(view.base, renamed), (0, 1))

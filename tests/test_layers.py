@@ -25,7 +25,7 @@ PATCH = LayerConfig(3, "patch")
 STEM = Layer("stem", "conv2d", (8, 3, 3, 3), 1, reads_input=True)
 BODY = Layer("body", "conv2d", (8, 3, 3, 8))
 DEPTHWISE = Layer("depthwise", "conv2d", (8, 3, 3, 1), 8)
-OPAQUE = Layer("opaque", "dense")
+OPAQUE = Layer("opaque", "dense", opaque=NOT_CONSTANT)
 HEAD = Layer("head", "dense", (10, 8), feeds_output=True)
 LAYERS = (STEM, BODY, DEPTHWISE, HEAD, OPAQUE)
 
@@ -69,8 +69,11 @@ def test_layers_without_constant_weights_are_listed_and_stand_between_the_others
     def body(emit: Any, x: relax.Expr, w: relax.Expr) -> Any:
         return emit(ops.dense(emit(relax.op.matmul(x, w)), constant(np.ones((4, 4), "float32")), name="d"))
 
-    mod = module([(2, 4), (4, 4)], body).with_attr("horq.opaque_layers", [["m", "dense"]])
-    assert enumerate_layers(mod) == (Layer("d", "dense", (4, 4), feeds_output=True), Layer("m", "dense"))
+    mod = module([(2, 4), (4, 4)], body).with_attr("horq.opaque_layers", [["m", "dense", "it is two inputs"]])
+    assert enumerate_layers(mod) == (
+        Layer("d", "dense", (4, 4), feeds_output=True),
+        Layer("m", "dense", opaque="it is two inputs"),
+    )
 
 
 def configs(choices: dict[str, Choice]) -> dict[str, LayerConfig | None]:

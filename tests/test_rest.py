@@ -43,7 +43,7 @@ SHAPE = (1, 3, 8, 8)
         (Layer("grey", "conv2d", (8, 3, 3, 1)), None),
         (Layer("head", "dense", (10, MAX_ROW)), None),
         (Layer("head", "dense", (10, MAX_ROW + 1)), "can overflow"),
-        (Layer("attention", "dense"), NOT_CONSTANT),
+        (Layer("attention", "dense", opaque=NOT_CONSTANT), NOT_CONSTANT),
     ],
     ids=lambda value: value.name if isinstance(value, Layer) else None,
 )

@@ -77,9 +77,16 @@ def per_channel(emit: Emit, vector: relax.Expr, axes: int) -> relax.Expr:
 
 
 def convolution(
-    emit: Emit, x: relax.Expr, weight: relax.Expr, bias: relax.Expr | None, window: Window, *, name: str
+    emit: Emit,
+    x: relax.Expr,
+    weight: relax.Expr,
+    bias: relax.Expr | None,
+    window: Window,
+    *,
+    name: str,
+    alpha: relax.Expr | None = None,
 ) -> relax.Expr:
-    """x float32 [N,C,(H,)W], weight [F,C/g,(kh,)kw], bias [F] → [N,F,(HO,)WO], as a named `relax.nn.conv2d`.
+    """x float32 [N,C,(H,)W], weight [F,C/g,(kh,)kw], alpha and bias [F] → [N,F,(HO,)WO], a named `relax.nn.conv2d`.
 
     A 1-D convolution is a 2-D one of height 1 between two reshapes. Raises HorqError for three and more axes.
     """
@@ -96,7 +103,7 @@ def convolution(
         weight = reshape(emit, weight, (*shape_of_w[:2], 1, shape_of_w[2]))
     planar = window.planar()
     _need_a_window(shape(x), shape(weight)[2:], planar)
-    named = emit(ops.name(weight, name=name))
+    named = emit(ops.name(weight, name=name, affines=_count(alpha, bias)))
     y = emit(
         relax.op.nn.conv2d(
             x,
@@ -112,14 +119,37 @@ def convolution(
     if line:
         n, f, _, wo = shape(y)
         y = reshape(emit, y, (n, f, wo))
+    if alpha is not None:
+        y = emit(relax.op.multiply(y, per_channel(emit, alpha, rank(y))))
     return y if bias is None else emit(relax.op.add(y, per_channel(emit, bias, rank(y))))
 
 
-def dense(emit: Emit, x: relax.Expr, weight: relax.Expr, bias: relax.Expr | None, *, name: str) -> relax.Expr:
-    """x float32 [...,L], weight [L,F] (or any second operand of a matmul), bias [F] → [...,F], as a named matmul."""
+def dense(
+    emit: Emit,
+    x: relax.Expr,
+    weight: relax.Expr,
+    bias: relax.Expr | None,
+    *,
+    name: str,
+    alpha: relax.Expr | None = None,
+) -> relax.Expr:
+    """x float32 [...,L], weight [L,F] (or what else a matmul takes), alpha and bias [F] → [...,F], a named matmul.
+
+    A vector [L] is a row [1,L] between two reshapes: what is named has a batch.
+    """
     _need_float32(name, x, weight)
-    y = emit(relax.op.matmul(x, emit(ops.name(weight, name=name))))
+    named = emit(ops.name(weight, name=name, affines=_count(alpha, bias)))
+    if rank(x) == 1 and rank(weight) == 2:
+        y = reshape(emit, emit(relax.op.matmul(reshape(emit, x, (1, -1)), named)), (-1,))
+    else:
+        y = emit(relax.op.matmul(x, named))
+    if alpha is not None:
+        y = emit(relax.op.multiply(y, alpha))
     return y if bias is None else emit(relax.op.add(y, bias))
+
+
+def _count(*operands: relax.Expr | None) -> int:
+    return sum(operand is not None for operand in operands)
 
 
 def batch_norm(
@@ -170,16 +200,6 @@ def trained_config(name: str, order: int, scale: str, weight: relax.Expr, beta: 
         found = "none" if betas is None else str(betas.size)
         raise HorqError(f"HORQ layer {name!r}: found {found} constant betas; accepted are {order}, one an order")
     return LayerConfig(order, "static", tuple(float(b) for b in betas.reshape(-1)))
-
-
-def scaled(emit: Emit, y: relax.Expr, alpha: relax.Expr, bias: relax.Expr | None, *, channel_axis: int) -> relax.Expr:
-    """y · alpha[F] + bias[F], along axis 1 (convolution) or the last one (dense)."""
-
-    def along(vector: relax.Expr) -> relax.Expr:
-        return per_channel(emit, vector, rank(y)) if channel_axis == 1 else reshape(emit, vector, (-1,))
-
-    y = emit(relax.op.multiply(y, along(alpha)))
-    return y if bias is None else emit(relax.op.add(y, along(bias)))
 
 
 def max_pool(emit: Emit, x: relax.Expr, kernel: tuple[int, ...], window: Window, *, ceil_mode: bool) -> relax.Expr:

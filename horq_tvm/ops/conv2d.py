@@ -25,8 +25,12 @@ def conv2d(
     padding: tuple[int, int, int, int] = (0, 0, 0, 0),
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
+    affines: int = 0,
 ) -> relax.Call:
-    """x float32 [N,H,W,C], weight float32 [F,kh,kw,C/groups], padding (t,l,b,r) → float32 [N,HO,WO,F]."""
+    """x float32 [N,H,W,C], weight float32 [F,kh,kw,C/groups], padding (t,l,b,r) → float32 [N,HO,WO,F].
+
+    `affines`: see `horq.name`.
+    """
     _, kh, kw, _ = shape_of(weight)
     geometry = Geometry((kh, kw), strides, padding, dilation, groups)
-    return call(CONV2D, [x, weight], name=name, **geometry.attributes())
+    return call(CONV2D, [x, weight], name=name, affines=affines, **geometry.attributes())

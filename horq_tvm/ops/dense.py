@@ -14,6 +14,6 @@ def _infer(expr: relax.Call) -> relax.TensorType:
 DENSE = register("horq.dense", 2, _infer)
 
 
-def dense(x: relax.Expr, weight: relax.Expr, *, name: str) -> relax.Call:
-    """x float32 [..., L], weight float32 [F, L] → float32 [..., F]."""
-    return call(DENSE, [x, weight], name=name)
+def dense(x: relax.Expr, weight: relax.Expr, *, name: str, affines: int = 0) -> relax.Call:
+    """x float32 [..., L], weight float32 [F, L] → float32 [..., F]. `affines`: see `horq.name`."""
+    return call(DENSE, [x, weight], name=name, affines=affines)

@@ -9,6 +9,9 @@ from .registry import call, register
 NAME = register("horq.name", 1, lambda expr: expr.args[0].ty)
 
 
-def name(weight: relax.Expr, *, name: str) -> relax.Call:
-    """weight of any shape and dtype → the same tensor. `NameLayers` consumes every one of them."""
-    return call(NAME, [weight], name=name)
+def name(weight: relax.Expr, *, name: str, affines: int = 0) -> relax.Call:
+    """weight of any shape and dtype → the same tensor. `NameLayers` consumes every one of them.
+
+    `affines`: so many operators behind the product, the α and the bias of the layer's node, belong to the layer.
+    """
+    return call(NAME, [weight], name=name, affines=affines)

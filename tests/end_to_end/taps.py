@@ -54,16 +54,19 @@ class Comparison:
     worst: float
 
 
-def compare(tap: Tap, weight: Array, alpha: Array, *, scale: Scale, **geometry: Any) -> Comparison:
+def compare(
+    tap: Tap, weight: Array, alpha: Array, bias: Array | None = None, *, scale: Scale, **geometry: Any
+) -> Comparison:
     """Asserts that planes and output follow from the tapped input; scale `sample` or `static`.
 
     With the tapped β nothing is in doubt: planes are equal, outputs within the tolerance. With the reference's means,
-    the planes are equal but for doubtful signs. `weight` is ±1 [F,C/g,kh,kw], `geometry` as in `reference.conv2d`.
+    the planes are equal but for doubtful signs. `weight` is ±1 [F,C/g,kh,kw], `alpha` and `bias` are [F], `geometry` is
+    as in `reference.conv2d`.
     """
     order = tap.beta.shape[1]
     groups = geometry.get("groups", 1)
     beta = tap.beta[0] if scale == "static" else tap.beta
-    given = reference.conv2d(tap.image, weight, alpha, beta, order=order, scale=scale, **geometry)
+    given = reference.conv2d(tap.image, weight, alpha, beta, bias, order=order, scale=scale, **geometry)
     np.testing.assert_array_equal(tap.planes, reference.pack_images(given.planes, groups))
     worst = assert_within(tap.features, given.output, given.tolerance)
     if scale == "static":

@@ -107,14 +107,9 @@ def test_onnxruntime_runs_the_same_file_to_the_same_end(network: Network) -> Non
 @pytest.mark.parametrize("name", HORQ_LAYERS)
 def test_a_layer_is_the_reference_on_its_own_input(network: Network, name: str) -> None:
     layer = network.module.get_submodule(name)
-    weight, _ = binary_weight(layer)
-    result = compare(network.tap(name), weight, one_per_filter(layer), scale=network.scale, **geometry(layer))
+    weight, alpha = binary_weight(layer)
+    result = compare(network.tap(name), weight, alpha, scale=network.scale, **geometry(layer))
     assert result.doubtful <= 1e-4 * result.signs
-
-
-def one_per_filter(layer: Any) -> Array:
-    """The α of a tapped HORQ node: it arrives as a conv of ±1 times α (docs/architecture.md), tapped in front of α."""
-    return np.ones(layer.out_channels, "float32")
 
 
 def geometry(layer: Any) -> dict[str, Any]:
@@ -141,7 +136,7 @@ def test_layers_are_those_of_onnxruntime_on_the_same_input(network: Network) -> 
         means = 0 if beta is not None else 1e-6 * tap.beta[:, :1, None, None] * alpha[:, None, None]
         slack = 2 * (own.tolerance + means * np.abs(own.sums).sum(0))
         assert own.doubtful.mean() < 0.01
-        assert_within(np.where(own.doubtful, found, tap.features * alpha[:, None, None]), found, slack)
+        assert_within(np.where(own.doubtful, found, tap.features), found, slack)
 
 
 def alone(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:

@@ -95,9 +95,9 @@ def test_every_rewritten_layer_is_the_reference(model: Path) -> None:
         signs = doubtful = 0
         worst = 0.0
         for layer in rewritten:
-            weight, geometry = layers[layer]
+            weight, bias, geometry = layers[layer]
             binary, alpha = reference.binarize_weights(weight)
-            result = compare(Tap.of(outputs, layer), binary, alpha, scale="sample", **geometry)
+            result = compare(Tap.of(outputs, layer), binary, alpha, bias, scale="sample", **geometry)
             signs, doubtful, worst = signs + result.signs, doubtful + result.doubtful, max(worst, result.worst)
         print(
             f"{name}: {len(rewritten)} layers, {doubtful} of {signs} signs doubtful, worst error {worst:.2f} of the"
@@ -108,8 +108,8 @@ def test_every_rewritten_layer_is_the_reference(model: Path) -> None:
         np.testing.assert_allclose(probabilities, outputs[plain.load().outputs[0].name], atol=0.02)
 
 
-def convolutions(proto: onnx.ModelProto) -> Mapping[str, tuple[Array, dict[str, Any]]]:
-    """Weight and geometry of each Conv, by node name."""
+def convolutions(proto: onnx.ModelProto) -> Mapping[str, tuple[Array, Array | None, dict[str, Any]]]:
+    """Weight, bias and geometry of each Conv, by node name."""
     weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     found = {}
     for node in proto.graph.node:
@@ -121,7 +121,8 @@ def convolutions(proto: onnx.ModelProto) -> Mapping[str, tuple[Array, dict[str, 
                 "dilation": given.get("dilations", (1, 1)),
                 "groups": given.get("group", 1),
             }
-            found[node.name] = weights[node.input[1]], geometry
+            bias = weights[node.input[2]] if len(node.input) > 2 else None
+            found[node.name] = weights[node.input[1]], bias, geometry
     return found
 
 

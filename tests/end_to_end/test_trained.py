@@ -114,23 +114,23 @@ def test_pytorch_onnxruntime_and_the_library_agree(trained: Trained) -> None:
 def test_a_layer_is_exact_on_its_own_input(trained: Trained, name: str) -> None:
     layer, tap = trained.module.get_submodule(name), trained.tap(name)
     weight, geometry = _as_conv2d(name, layer)
-    ones = np.ones(len(weight), "float32")  # tapped in front of α
+    alpha, bias = layer.alpha.numpy(), None if layer.bias is None else layer.bias.detach().numpy()
     if trained.scale != "patch":
-        assert compare(tap, weight, ones, scale=trained.scale, **geometry).doubtful <= 1e-3 * tap.input.size
+        assert compare(tap, weight, alpha, bias, scale=trained.scale, **geometry).doubtful <= 1e-3 * tap.input.size
         return
     how: dict[str, Any] = {"order": layer.order, "scale": "patch", **geometry}
-    given = reference.conv2d(tap.image, weight, ones, tap.beta, **how)
+    given = reference.conv2d(tap.image, weight, alpha, tap.beta, bias, **how)
     taps = weight.shape[2] * weight.shape[3]
     np.testing.assert_array_equal(tap.planes, reference.pack_rows(given.planes, taps))
     assert_within(tap.features, given.output, given.tolerance)
-    own = reference.conv2d(tap.image, weight, ones, **how)
+    own = reference.conv2d(tap.image, weight, alpha, **how)
     assert (np.abs(tap.beta.astype("float64") - own.beta) <= 1e-6 * own.beta[..., :1]).all()
     assert own.doubtful_signs.mean() < 1e-3
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_pytorch_computes_a_layer_as_the_library_does(trained: Trained, name: str) -> None:
-    """The layer of the network in eval, fed with what the library fed its own; α and bias come behind the tap."""
+    """The layer of the network in eval, fed with what the library fed its own."""
     layer, tap = trained.module.get_submodule(name), trained.tap(name)
     weight, geometry = _as_conv2d(name, layer)
     with torch.no_grad():
@@ -138,14 +138,13 @@ def test_pytorch_computes_a_layer_as_the_library_does(trained: Trained, name: st
             found = layer(torch.from_numpy(tap.image)).numpy()
         else:
             found = layer(torch.from_numpy(_channels_first(name, tap.input[:, 0]))).mT[:, :, None].numpy()
-    alpha = layer.alpha.numpy()[:, None, None]
-    bias = np.zeros_like(alpha) if layer.bias is None else layer.bias.detach().numpy()[:, None, None]
+    bias = np.zeros(len(weight), "float32") if layer.bias is None else layer.bias.detach().numpy()
     beta = None if layer.beta is None else layer.beta.detach().numpy()
     how: dict[str, Any] = {"order": layer.order, "scale": trained.scale, **geometry}
-    own = reference.conv2d(tap.image, weight, layer.alpha.numpy(), beta, bias.ravel(), **how)
+    own = reference.conv2d(tap.image, weight, layer.alpha.numpy(), beta, bias, **how)
     # Each engine's means are its own: off by 1e-6·β_1 at most, and so is what they are multiplied with.
-    means = 0 if beta is not None else 2e-6 * np.abs(own.output - bias).max()
-    expected = np.where(own.doubtful, found, tap.features * alpha + bias)
+    means = 0 if beta is not None else 2e-6 * np.abs(own.output - bias[:, None, None]).max()
+    expected = np.where(own.doubtful, found, tap.features)
     assert own.doubtful.mean() < 0.05
     assert_within(found, expected, 2 * own.tolerance + means)
 

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.frontend.onnx import import_onnx
+from horq_tvm.straightline import op_name, read_main
 
 RNG = np.random.default_rng(7)
 
@@ -106,6 +107,7 @@ CASES: dict[str, onnx.ModelProto] = {
     "gemm, untransposed, no addend": make(chain(("Gemm", "w")), (3, 4), {"w": normal(4, 5)}),
     "gemm, transposed x": make(chain(("Gemm", "w", {"transA": 1})), (4, 3), {"w": normal(4, 5)}),
     "matmul 3d": make(chain(("MatMul", "w"), ("Add", "b")), (2, 3, 4), {"w": normal(4, 5), "b": normal(5)}),
+    "matmul of a vector": make(chain(("MatMul", "w"), ("Add", "b")), (4,), {"w": normal(4, 5), "b": normal(5)}),
     "matmul of activations": make([node("Transpose", "x", out="t", perm=[1, 0]), node("MatMul", "x", "t")], (3, 4)),
     "average pool counts padding": make(
         chain(("AveragePool", {"kernel_shape": [3, 2], "pads": [1, 0, 1, 1], "count_include_pad": 1})), X
@@ -382,6 +384,16 @@ def test_horq_nodes_speak_for_their_layers(execute: Any, layer_names: Any) -> No
     )
     x = normal(*X)
     np.testing.assert_allclose(execute(imported, [x])[0], peer(plain, x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_alpha_and_bias_of_a_node_are_the_layers_own() -> None:
+    model = make(
+        chain(("HorqLinear", "w", "a", "", "b", {"domain": "horq", "order": 1, "scale": "sample"}), ("Gemm", "u", "c")),
+        (3, 4),
+        {"w": np.ones((5, 4), "float32"), "a": normal(5), "b": normal(5), "u": normal(5, 6), "c": normal(6)},
+    )
+    bindings = read_main(import_onnx(model).mod).bindings
+    assert [int(value.attrs["affines"]) for _, value in bindings if op_name(value) == "horq.name"] == [2, 1]
 
 
 @pytest.mark.parametrize(

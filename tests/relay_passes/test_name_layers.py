@@ -10,7 +10,7 @@ import tvm
 from tvm import relax
 
 from horq_tvm import ops
-from horq_tvm.layers import OPAQUE_LAYERS
+from horq_tvm.layers import NOT_CONSTANT, OPAQUE_LAYERS
 from horq_tvm.relay_passes.name_layers import NameLayers
 from horq_tvm.relay_passes.to_nhwc import ToNHWC
 from horq_tvm.straightline import constant
@@ -132,7 +132,11 @@ def test_what_is_no_layer_is_listed_and_loses_its_name() -> None:
 
     shapes = [X, (3, 1, 1, 4)]
     found = NameLayers()(module(shapes, before))
-    assert opaque(found) == [["computed", "conv2d"], ["scores", "dense"], ["batched", "dense"]]
+    assert opaque(found) == [
+        ["computed", "conv2d", NOT_CONSTANT],
+        ["scores", "dense", NOT_CONSTANT],
+        ["batched", "dense", "its weights have 3 axes, not 2"],
+    ]
     tvm.ir.assert_structural_equal(without_list(found), module(shapes, after))
 
 

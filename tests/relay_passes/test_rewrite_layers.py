@@ -121,6 +121,26 @@ def test_taps_return_input_beta_planes_and_output_under_recorded_names() -> None
     np.testing.assert_array_equal(output, 3 * tap_output)
 
 
+def test_a_tapped_output_is_behind_the_affines_of_its_own_node() -> None:
+    """α and bias are the layer's own, what follows is not; a reshape between does not count."""
+    alpha, bias, shift = (constant(RNG.standard_normal(6).astype("float32")) for _ in range(3))
+
+    def trained(emit: Any, x: relax.Expr) -> Any:
+        y = emit(ops.conv2d(x, constant(W), name="a", padding=PADDING, affines=2))
+        line = emit(relax.op.reshape(y, (2, 35, 6)))
+        own = emit(relax.op.add(emit(relax.op.multiply(line, alpha)), bias))
+        return emit(relax.op.add(own, shift)), own
+
+    def only_the_shift(emit: Any, x: relax.Expr) -> Any:
+        return trained(emit, x)[0]
+
+    x = RNG.standard_normal(X).astype("float32")
+    config = {"a": LayerConfig(2, "static", (0.75, 0.25))}
+    own = run(RewriteLayers(config)(module([X], trained)), x)[1]
+    tapped = run(RewriteLayers(config, taps=["a"])(module([X], only_the_shift)), x)[-1]
+    np.testing.assert_array_equal(tapped, own)
+
+
 def test_one_tap_of_a_tuple_is_appended_to_it() -> None:
     after = RewriteLayers({"a": SAMPLE, "b": SAMPLE}, taps=["b"])(module([X], two_convs))
     result = read_main(after).result

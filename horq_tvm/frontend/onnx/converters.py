@@ -106,20 +106,17 @@ def gemm(node: Node) -> relax.Expr:
         x = layers.transpose(node.emit, x, (1, 0))
     if node.attrs.get("transB", 0):
         weight = layers.transpose(node.emit, weight, (1, 0))
-    y = layers.dense(node.emit, x, weight, None, name=node.name)
-    if alpha != 1.0:
-        y = node.emit(relax.op.multiply(y, relax.const(alpha, "float32")))
+    factor = None if alpha == 1.0 else relax.const(alpha, "float32")
     if addend is None or beta == 0.0:
-        return y
-    if beta != 1.0:
+        addend = None
+    elif beta != 1.0:
         value = layers.array(addend)
-        factor = np.float32(beta)
         addend = (
-            node.emit(relax.op.multiply(addend, relax.const(factor, "float32")))
+            node.emit(relax.op.multiply(addend, relax.const(beta, "float32")))
             if value is None
-            else constant((value * factor).astype("float32"))
+            else constant((value * np.float32(beta)).astype("float32"))
         )
-    return node.emit(relax.op.add(y, addend))
+    return layers.dense(node.emit, x, weight, addend, name=node.name, alpha=factor)
 
 
 @converts("MatMul")
@@ -134,8 +131,8 @@ def horq_conv2d(node: Node) -> relax.Expr:
     weight = node.operand(1)
     window = _window(node, layers.shape(weight)[2:], group=node.attrs.get("group", 1))
     node.trained[node.name] = _trained(node)
-    y = layers.convolution(node.emit, node.operand(0), weight, None, window, name=node.name)
-    return layers.scaled(node.emit, y, node.operand(2), node.inputs[4], channel_axis=1)
+    alpha, bias = node.operand(2), node.inputs[4]
+    return layers.convolution(node.emit, node.operand(0), weight, bias, window, name=node.name, alpha=alpha)
 
 
 @converts("HorqLinear", domain="horq")
@@ -143,8 +140,7 @@ def horq_linear(node: Node) -> relax.Expr:
     """X[...,L], W[F,L] of ±1, alpha[F], beta[K], bias[F] → matmul · alpha + bias (interface.md)."""
     weight = layers.transpose(node.emit, node.operand(1), (1, 0))
     node.trained[node.name] = _trained(node)
-    y = layers.dense(node.emit, node.operand(0), weight, None, name=node.name)
-    return layers.scaled(node.emit, y, node.operand(2), node.inputs[4], channel_axis=-1)
+    return layers.dense(node.emit, node.operand(0), weight, node.inputs[4], name=node.name, alpha=node.operand(2))
 
 
 def _trained(node: Node) -> LayerConfig:

@@ -118,8 +118,8 @@ def horq_conv2d(node: Node) -> relax.Expr:
     """torch.ops.horq.horq_conv2d (interface.md) → conv2d · alpha + bias; its padding is (t,l,b,r)."""
     node.trained[node.name] = _trained(node)
     window = Window(node.ints("stride", 2), node.ints("padding", 4), node.ints("dilation", 2), int(node["groups"]))
-    y = layers.convolution(node.emit, node["x"], node["weight"], None, window, name=node.name)
-    return layers.scaled(node.emit, y, node["alpha"], node["bias"], channel_axis=1)
+    weight, bias = node["weight"], node["bias"]
+    return layers.convolution(node.emit, node["x"], weight, bias, window, name=node.name, alpha=node["alpha"])
 
 
 @converts("horq_linear.default")
@@ -127,8 +127,7 @@ def horq_linear(node: Node) -> relax.Expr:
     """torch.ops.horq.horq_linear (interface.md) → matmul · alpha + bias."""
     node.trained[node.name] = _trained(node)
     weight = layers.transpose(node.emit, node["weight"], (1, 0))
-    y = layers.dense(node.emit, node["x"], weight, None, name=node.name)
-    return layers.scaled(node.emit, y, node["alpha"], node["bias"], channel_axis=-1)
+    return layers.dense(node.emit, node["x"], weight, node["bias"], name=node.name, alpha=node["alpha"])
 
 
 def _trained(node: Node) -> LayerConfig:
