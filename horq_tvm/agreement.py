@@ -17,7 +17,7 @@ RANDOM_INPUTS = 8
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of the first output: `agreement`, the share with the same arg max over the classes; `cosine`, the mean over inputs.
+    """Of the first output: `agreement`, the share with the same arg max over classes; `cosine`, the mean over inputs.
 
     `cosine` is None where an output holds NaN or infinity, of which there is no cosine.
     """

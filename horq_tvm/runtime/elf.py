@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from horq_tvm.errors import HorqError
+from horq_tvm.errors import HorqError, UsageError
 
 MACHINES = {3: "i686", 40: "arm", 62: "x86_64", 183: "aarch64"}
 """e_machine by the name that `platform.machine()` has for it (32-bit ARM there says more: armv7l)."""
@@ -56,9 +56,11 @@ class Elf:
 
     @classmethod
     def read(cls, path: Path) -> Elf:
-        """Reads `path`. HorqError where it cannot be read, is not ELF, or is cut short."""
+        """Reads `path`. UsageError where there is no such file, HorqError where it is not ELF or is cut short."""
         try:
             data = path.read_bytes()
+        except FileNotFoundError:
+            raise UsageError(f"{path}: found no such file; accepted is a library that `horq-tvm build` wrote") from None
         except OSError as error:
             raise HorqError(f"cannot read {path}: {error.strerror}") from error
         if data[:4] != b"\x7fELF":

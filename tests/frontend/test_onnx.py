@@ -418,6 +418,14 @@ def test_horq_weights_must_be_signs() -> None:
         import_onnx(model)
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+def test_a_file_of_weights_is_told_from_a_broken_model(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(b"PK")
+    with pytest.raises(UsageError, match=rf"found a PyTorch file of the kind \{suffix}.*accepted: an \.onnx"):
+        import_onnx(path)
+
+
 def test_functions_of_other_domains_are_inlined(execute: Any) -> None:
     body = [helper.make_node("Neg", ["a"], ["t"]), helper.make_node("Relu", ["t"], ["b"])]
     function = helper.make_function("mine", "NegRelu", ["a"], ["b"], body, [helper.make_opsetid("", 17)])

@@ -18,6 +18,8 @@ OLDEST_OPSET = 7
 
 STANDARD, HORQ = "", "horq"
 
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
+
 # Control flow, sequences and optionals: a network whose shape is decided while it runs cannot be laid out in memory.
 _DYNAMIC = {"If", "Loop", "Scan", "NonZero", "Unique", "Compress", "NonMaxSuppression", "AllClassNMS"}
 
@@ -30,6 +32,11 @@ def read(model: str | Path | onnx.ModelProto) -> onnx.ModelProto:
         where = "the given ONNX model"
     else:
         where = str(model)
+        if Path(model).suffix in TORCH_SUFFIXES:
+            raise UsageError(
+                f"{where}: found a PyTorch file of the kind {Path(model).suffix}, which need not hold a network; accepted:"
+                " an .onnx file, an ExportedProgram saved as .pt2, or in Python an nn.Module"
+            )
         if not Path(model).is_file():
             raise UsageError(f"{where}: found no such file; accepted is the path of an ONNX model")
         try:
