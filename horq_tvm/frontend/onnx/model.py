@@ -34,8 +34,8 @@ def read(model: str | Path | onnx.ModelProto) -> onnx.ModelProto:
         where = str(model)
         if Path(model).suffix in TORCH_SUFFIXES:
             raise UsageError(
-                f"{where}: found a PyTorch file of the kind {Path(model).suffix}, which need not hold a network; accepted:"
-                " an .onnx file, an ExportedProgram saved as .pt2, or in Python an nn.Module"
+                f"{where}: found a PyTorch file of the kind {Path(model).suffix}, which need not hold a network;"
+                " accepted: an .onnx file, an ExportedProgram saved as .pt2, or in Python an nn.Module"
             )
         if not Path(model).is_file():
             raise UsageError(f"{where}: found no such file; accepted is the path of an ONNX model")
