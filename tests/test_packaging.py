@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.wheel import ROOT, build_wheel
+
 HEAVY = ("tvm", "tvm_ffi", "onnx", "onnxruntime", "torch", "yaml", "pydantic", "rich")
 
 if sys.version_info >= (3, 11):
@@ -31,17 +31,7 @@ def without_extras(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     pytest.importorskip("setuptools")
-    copy = tmp_path_factory.mktemp("wheel") / "source"
-    copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "targets.yaml", "horq_tvm", "relay_passes", "schedules"):
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, copy / name)
-    build = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
-    done = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return zipfile.ZipFile(next((copy / "dist").glob("*.whl")))
+    return zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("wheel")))
 
 
 @pytest.mark.parametrize(
