@@ -39,20 +39,26 @@ class Fragment:
     feeds: Mapping[str, np.ndarray]
     edit: tvm.transform.Pass | None = None
 
+    def lowered(self, target: targets.Target) -> tvm.IRModule:
+        """Scheduled kernels and a straight-line main, as a real build hands them to `emit`; `edit` is done too."""
+        return self._lower(pipeline.rewrite({})(self.mod), target)
+
     def compile(self, target: targets.Target, library: Path) -> None:
         """Writes the library that `horq_tvm.build` would make of it, `edit` apart."""
-        lowered = pipeline.rewrite({})(self.mod)
+        rewritten = pipeline.rewrite({})(self.mod)
         inputs = tuple(TensorSpec(name, array.shape, array.dtype.name) for name, array in self.feeds.items())
         outputs = tuple(
             TensorSpec(f"y{i}", ops.shape_of(result), str(result.ty.dtype))
-            for i, result in enumerate(fields_of(read_main(lowered).result))
+            for i, result in enumerate(fields_of(read_main(rewritten).result))
         )
+        standalone(self._lower(rewritten, target), target, Manifest(inputs, outputs), library)
+
+    def _lower(self, rewritten: tvm.IRModule, target: targets.Target) -> tvm.IRModule:
         with target.tvm_target():
-            lowered = pipeline.optimise(target)(lowered)
+            mod = pipeline.optimise(target)(rewritten)
             if self.edit is not None:
-                lowered = self.edit(lowered)
-            lowered = pipeline.lower(target)(lowered)
-        standalone(lowered, target, Manifest(inputs, outputs), library)
+                mod = self.edit(mod)
+            return pipeline.lower(target)(mod)
 
 
 @dataclass(frozen=True)
