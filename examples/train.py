@@ -41,7 +41,8 @@ from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.export import to_onnx
 from horq_tvm.files import replacing
 from horq_tvm.nn import freeze_scales, keep_freed_memory, quantisation_error, warm_start
-from horq_tvm.nn.quantise import fitted_scales, quantise
+from horq_tvm.nn.options import Beta, Ste
+from horq_tvm.nn.quantise import STES, fitted_scales, quantise
 from horq_tvm.onnx_bits import pack_signs
 from horq_tvm.specs import MAX_ORDER, SCALES, Scale
 from horq_tvm.torch_ops import im2col, residual_scales
@@ -66,7 +67,7 @@ class Settings:
     dataset: str
     network: str
     order: zoo.Order
-    scale: str
+    scale: Scale
     epochs: int
     seed: int
     batch: int
@@ -78,10 +79,17 @@ class Settings:
     start: str | None
     teacher: str | None
     tag: str
+    # Runs from before there was a choice have these.
+    ste: Ste = "residual"
+    beta: Beta = "learned"
 
     @property
     def label(self) -> str:
-        return f"k{self.order}-{self.scale}" if isinstance(self.order, int) else self.order
+        """The layers: `float`, `bw`, or order and scale, with what is trained unlike the default."""
+        if not isinstance(self.order, int):
+            return self.order
+        unusual = [value for value, usual in ((self.ste, "residual"), (self.beta, "learned")) if value != usual]
+        return "-".join([f"k{self.order}", self.scale, *unusual])
 
     @property
     def name(self) -> str:
@@ -188,6 +196,11 @@ def restored(path: Path, network: str) -> nn.Module:
     return model
 
 
+def network_of(settings: Settings) -> nn.Module:
+    """The network that the settings name, untrained. Raises UsageError for one that there is not."""
+    return zoo.build(settings.network, settings.order, settings.scale, ste=settings.ste, beta=settings.beta)
+
+
 def accuracy(model: nn.Module, data: Images, images: int) -> float:
     """The share of the first so many test images that the model in eval mode gets right."""
     model.eval()
@@ -290,7 +303,7 @@ class Trainer:
     def __init__(self, settings: Settings, places: Places, data: Images) -> None:
         self.settings, self.places, self.data = settings, places, data
         torch.manual_seed(settings.seed)
-        self.model = zoo.build(settings.network, settings.order, settings.scale)
+        self.model = network_of(settings)
         self.history: list[dict[str, float]] = []
         self._checkpoint = places.file(settings, ".pt")
         self.teacher = places.teacher and Teacher(places.teacher, settings.network, data, places.out)
@@ -303,11 +316,11 @@ class Trainer:
 
     def _resume(self) -> None:
         found = read_checkpoint(self._checkpoint)
-        wanted = dataclasses.asdict(self.settings)
-        for key, value in wanted.items():
-            if found["settings"].get(key) != value:
+        for field in dataclasses.fields(Settings):
+            kept = found["settings"].get(field.name, None if field.default is dataclasses.MISSING else field.default)
+            if kept != (value := getattr(self.settings, field.name)):
                 raise UsageError(
-                    f"{self._checkpoint}: found a run with {key}={found['settings'].get(key)!r}, wanted {value!r}; "
+                    f"{self._checkpoint}: found a run with {field.name}={kept!r}, wanted {value!r}; "
                     "remove it or name another --out"
                 )
         self.model.load_state_dict(found["model"])
@@ -462,6 +475,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("network", help=f"{', '.join(zoo.NETWORKS)}; its images must be those of the dataset")
     add("--order", default="2", help="K, 1 to 8; bw: binary weights, float activations; float (default: 2)")
     add("--scale", default="static", help="patch, sample or static (default: static)")
+    add("--ste", default="residual", help=f"straight-through estimator: {', '.join(STES)} (default: residual)")
+    add("--beta", default="learned", help="how static scales go on: learned or running (default: learned)")
     add("--epochs", type=int, default=10, help="passes over the training images in all (default: 10)")
     add("--seed", type=int, default=0, help="of weights, batches and augmentation (default: 0)")
     add("--out", type=Path, default=Path("runs"), help="folder of checkpoints and results (default: runs)")
@@ -500,7 +515,7 @@ FILES_AND_ORDER = ("order", "start", "teacher")
 def run(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Train what `given` says, or finish it; the result that NAME.json holds."""
     settings = settings_of(given)
-    zoo.build(settings.network, settings.order, settings.scale)  # mistakes are told before data are fetched
+    network_of(settings)  # mistakes are told before data are fetched
     keep_freed_memory()
     torch.set_num_threads(given.threads)
     given.out.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from horq_tvm.errors import UsageError
 from horq_tvm.nn import HorqConv2d, HorqLinear, PReLU
-from horq_tvm.nn.options import HorqOptions
+from horq_tvm.nn.options import Beta, HorqOptions, Ste
 from horq_tvm.nn.quantise import BinaryWeight, balanced
 from horq_tvm.specs import Scale
 from horq_tvm.torch_ops import filter_scales
@@ -58,28 +58,37 @@ class BinaryWeightLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class Layers:
-    """The inner layers of a network of one order and scale. Raises UsageError for one that there is not."""
+    """The inner layers of a network of one order; the options of HORQ layers mean nothing to the others.
+
+    Raises UsageError for an order, scale, `ste` or `beta` that there is not.
+    """
 
     order: Order
     scale: Scale = "static"
+    ste: Ste = "residual"
+    beta: Beta = "learned"
 
     def __post_init__(self) -> None:
         if isinstance(self.order, int):
-            HorqOptions(self.order, self.scale, "residual", "learned", True)
+            HorqOptions(self.order, self.scale, self.ste, self.beta, True)
         elif self.order not in ("float", "bw"):
             raise UsageError(f"order {self.order!r}; accepted: an int, 'float' or 'bw'")
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"order": self.order, "scale": self.scale, "ste": self.ste, "beta": self.beta}
 
     def conv(self, channels: int, filters: int, kernel: int, **window: Any) -> nn.Module:
         """A convolution without bias; `window` is its stride and padding."""
         if isinstance(self.order, int):
-            return HorqConv2d(channels, filters, kernel, **window, order=self.order, scale=self.scale)
+            return HorqConv2d(channels, filters, kernel, **window, **self._options)
         kind = BinaryWeightConv2d if self.order == "bw" else nn.Conv2d
         return kind(channels, filters, kernel, **window, bias=False)
 
     def linear(self, features: int, filters: int) -> nn.Module:
         """A dense layer without bias."""
         if isinstance(self.order, int):
-            return HorqLinear(features, filters, bias=False, order=self.order, scale=self.scale)
+            return HorqLinear(features, filters, bias=False, **self._options)
         kind = BinaryWeightLinear if self.order == "bw" else nn.Linear
         return kind(features, filters, bias=False)
 
@@ -222,14 +231,24 @@ def architecture(network: str) -> Architecture:
     return NETWORKS[network]
 
 
-def build(network: str, order: Order, scale: Scale = "static", classes: int | None = None) -> nn.Module:
+def build(
+    network: str,
+    order: Order,
+    scale: Scale = "static",
+    classes: int | None = None,
+    *,
+    ste: Ste = "residual",
+    beta: Beta = "learned",
+) -> nn.Module:
     """A network of NETWORKS, untrained: order 1 to 8 with its scale, "bw" or "float", which have none.
 
+    `ste` and `beta` are how HORQ layers train: see `horq_tvm.nn.HorqConv2d`.
+
     Raises:
-        UsageError: a network, order or scale that there is not.
+        UsageError: a network, order, scale, `ste` or `beta` that there is not.
     """
     found = architecture(network)
-    return found.make(Layers(order, scale), classes or found.classes)
+    return found.make(Layers(order, scale, ste, beta), classes or found.classes)
 
 
 def example(network: str, images: int = 1) -> Tensor:

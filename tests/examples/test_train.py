@@ -91,6 +91,29 @@ def test_a_run_from_start_to_files(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_estimator_and_running_scales_are_trained_with_and_named(tmp_path: Path) -> None:
+    words = ("--order", "2", "--ste", "tanh", "--beta", "running", "--tag", "x")
+    trainer = _trainer(tmp_path, *words)
+    layer = trainer.model[2]
+    assert (layer.options.ste, layer.options.beta) == ("tanh", "running")
+    list(trainer.epochs(lambda: None))
+    result = trainer.finish()
+    assert (tmp_path / "mnist-k2-static-tanh-running-seed0-x.json").is_file()
+    assert (result["ste"], result["beta"]) == ("tanh", "running")
+    assert " --ste tanh --beta running" in result["command"]
+    plain = _run(tmp_path / "plain", "--order", "2", "--tag", "x")
+    assert plain["history"][0]["loss"] != result["history"][0]["loss"]
+
+
+def test_a_checkpoint_from_before_there_were_estimators_is_of_the_default_one(tmp_path: Path) -> None:
+    next(_trainer(tmp_path, "--order", "2").epochs(lambda: None))
+    path = tmp_path / "mnist-k2-static-seed0.pt"
+    found = torch.load(path)
+    del found["settings"]["ste"], found["settings"]["beta"]
+    torch.save(found, path)
+    assert len(_run(tmp_path, "--order", "2")["history"]) == 2
+
+
 def test_the_onnx_file_has_the_accuracy_of_the_json(tmp_path: Path) -> None:
     result = _run(tmp_path, "--order", "1", "--scale", "sample")
     session = onnxruntime.InferenceSession(tmp_path / "mnist-k1-sample-seed0.onnx", providers=["CPUExecutionProvider"])
@@ -218,6 +241,8 @@ def test_loss_of_a_perfect_pupil_is_its_hard_part() -> None:
         (("--order", "-1"), "order -1; accepted are 1 to 8"),
         (("--order", "many"), "order 'many'; accepted: an int, 'float' or 'bw'"),
         (("--scale", "image"), "scale 'image'; accepted are"),
+        (("--ste", "soft"), "ste 'soft'; accepted are residual, window, approxsign, tanh, identity"),
+        (("--beta", "fixed"), "beta 'fixed'; accepted are learned, running"),
         (("--epochs", "0"), "--epochs 0; accepted: 1 or more"),
         (("--batch", "1000"), "--batch 1000; accepted: at most the 320 training images"),
         (("--start", "nothing.pt"), "nothing.pt: there is no such checkpoint"),
