@@ -25,10 +25,13 @@ from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.files import replacing
 
 SCALES = ("static", "sample", "patch")
+STES = ("residual", "window", "approxsign", "tanh", "identity")
 # Test error in percent, as reported for the paper: HORQ is K=2, XNOR K=1.
 PAPER_MNIST = {1: 1.96, 2: 1.25}
 # By so many points below float at most: what was reported for XNOR (K=1) and HORQ (K=2), and an aim of our own for K=3.
 CIFAR_BOUNDS = {1: 5.0, 2: 2.0, 3: 1.5}
+# Runs of this --tag are too short for the tables of accuracy.
+STE_TAG = "ste"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,14 @@ class Result:
     command: str
     hardware: str
     tag: str
+    # Results from before there was a choice have these.
+    ste: str = "residual"
+    beta: str = "learned"
+
+    @property
+    def compares_ste(self) -> bool:
+        """Made for the table of straight-through estimators alone: an unusual one, or its default twin's tag."""
+        return self.tag == STE_TAG or (self.ste, self.beta) != ("residual", "learned")
 
     def lost(self, order: int, scale: str) -> float:
         """‖X − X̂‖²/‖X‖² of its float activations by so many planes, the mean over the layers."""
@@ -92,8 +103,10 @@ class Measured:
 
 
 def result(name: str, found: dict[str, Any]) -> Result:
-    values = {key: found[key] for key in Result.__dataclass_fields__ if key not in ("name", "approximation")}
-    return Result(name, **values, approximation=tuple(found["approximation"]))
+    recent = {key: found[key] for key in ("ste", "beta") if key in found}
+    others = Result.__dataclass_fields__.keys() - {"name", "approximation", "ste", "beta"}
+    values = {key: found[key] for key in others}
+    return Result(name, **values, **recent, approximation=tuple(found["approximation"]))
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------
@@ -106,7 +119,7 @@ def title(result: Result) -> str:
 
 def cifar10(results: Sequence[Result]) -> list[str]:
     """A row a run: accuracy, distance from the float network of the same name, and what it took."""
-    runs = [r for r in results if r.dataset == "cifar10"]
+    runs = [r for r in results if r.dataset == "cifar10" and not r.compares_ste]
     if not runs:
         return ["No results yet."]
     ranks = {"float": -2, "bw": -1}
@@ -137,7 +150,7 @@ def epochs_in_all(run: Result, by_name: dict[str, Result]) -> int:
 
 def mnist(results: Sequence[Result]) -> list[str]:
     """A row an order, a column a scale: test errors in percent, mean ± deviation over the seeds."""
-    runs = [r for r in results if r.dataset == "mnist"]
+    runs = [r for r in results if r.dataset == "mnist" and not r.compares_ste]
     if not runs:
         return ["No results yet."]
     rows = [
@@ -163,6 +176,24 @@ def spread(runs: Sequence[Result]) -> str:
     return f"{statistics.fmean(errors):.2f}{deviation} ({len(errors)})"
 
 
+def estimators(results: Sequence[Result]) -> list[str]:
+    """A row an estimator, a column a network and setting that were trained with several: test errors in percent."""
+    alike: dict[tuple[Any, ...], list[Result]] = {}
+    for r in results:
+        if isinstance(r.order, int):
+            alike.setdefault((r.network, r.order, r.scale, r.epochs, r.tag, r.start), []).append(r)
+    columns = {key: runs for key, runs in alike.items() if len({(r.ste, r.beta) for r in runs}) > 1}
+    if not columns:
+        return ["No results yet."]
+    heads = [f"{network}, K={order}, {scale}, {epochs} epochs" for network, order, scale, epochs, *_ in columns]
+    rows = [f"| test error, % | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
+    runs = [r for column in columns.values() for r in column]
+    for ste, beta in sorted({(r.ste, r.beta) for r in runs}, key=lambda how: (how[1], STES.index(how[0]))):
+        cells = [spread([r for r in column if (r.ste, r.beta) == (ste, beta)]) for column in columns.values()]
+        rows.append(f"| `{ste}`{', running β' * (beta == 'running')} | {' | '.join(cells)} |")
+    return [*rows, "", *commands(runs)]
+
+
 def errors(results: Sequence[Result]) -> list[str]:
     """A row an order, a column a dataset and scale: what K planes lose of the same float activations, in percent."""
     runs = [r for r in results if r.approximation]
@@ -180,18 +211,18 @@ def errors(results: Sequence[Result]) -> list[str]:
 
 
 def commands(runs: Sequence[Result]) -> list[str]:
-    """The commands that made the runs, and the machines; one for all that differ in order, scale and seed alone."""
+    """The commands that made the runs, and the machines; one for all that differ in a number or estimator alone."""
     alike: dict[str, list[Result]] = {}
     for run in runs:
-        alike.setdefault(re.sub(r"--(order \d+|scale \w+|seed \d+)", _variable, run.command), []).append(run)
+        alike.setdefault(re.sub(r"--(order \d+|scale \w+|seed \d+|ste \w+)", _variable, run.command), []).append(run)
     lines: list[str] = []
     for line, group in alike.items():
-        values = [sorted({getattr(run, part) for run in group}) for part in ("order", "scale", "seed")]
+        values = [sorted({getattr(run, part) for run in group}) for part in ("order", "scale", "seed", "ste")]
         if len(group) == 1 or len(group) < math.prod(map(len, values)):
             lines += [run.command for run in group]
             continue
         lines.append(line)
-        named = zip(("ORDER", "SCALE", "SEED"), values, strict=True)
+        named = zip(("ORDER", "SCALE", "SEED", "STE"), values, strict=True)
         lines += [f"    # {name}: {', '.join(map(str, found))}" for name, found in named if name in line]
     return [f"On {'; '.join(sorted({run.hardware for run in runs}))}:", "", "```", *lines, "```"]
 
@@ -247,6 +278,7 @@ STYLES = {"float": "--", "bw": ":"}
 TABLES: dict[str, Callable[[Measured], list[str]]] = {
     "cifar10": lambda measured: cifar10(measured.results),
     "mnist": lambda measured: mnist(measured.results),
+    "estimators": lambda measured: estimators(measured.results),
     "errors": lambda measured: errors(measured.results),
     "engines": lambda measured: engines(list(measured.engines.values())),
     "steps": lambda measured: steps(list(measured.steps.values())),
@@ -281,8 +313,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    _draw_cifar10(axes[0], [r for r in results if r.dataset == "cifar10"])
-    _draw_mnist(axes[1], [r for r in results if r.dataset == "mnist"])
+    usual = [r for r in results if not r.compares_ste]
+    _draw_cifar10(axes[0], [r for r in usual if r.dataset == "cifar10"])
+    _draw_mnist(axes[1], [r for r in usual if r.dataset == "mnist"])
     _draw_errors(axes[2], [r for r in results if r.approximation])
     for axis in axes:
         axis.set_xlabel("K")

@@ -20,6 +20,7 @@ PAGE = """Text.
 old
 <!-- /cifar10 -->
 <!-- mnist --><!-- /mnist -->
+<!-- estimators --><!-- /estimators -->
 <!-- errors --><!-- /errors -->
 <!-- engines --><!-- /engines -->
 <!-- steps --><!-- /steps -->
@@ -98,6 +99,32 @@ def test_tables(docs: Path, tmp_path: Path) -> None:
     assert page.count("On a machine, 1 threads:") == 2
 
 
+def test_estimators_stand_in_a_table_of_their_own() -> None:
+    """At equal epochs and from the same start; what was made for it is in no other table and in no line."""
+    found = {
+        **RESULTS,
+        "a": _found("mnist", 2, 0.99),
+        "b": _found("mnist", 2, 0.98, ste="tanh"),
+        "c": _found("mnist", 2, 0.97, ste="tanh", seed=1),
+        "d": _found("mnist", 2, 0.96, beta="running"),
+        "e": _found("cifar10", 2, 0.7, tag="ste", epochs=1),
+        "f": _found("cifar10", 2, 0.6, tag="ste", epochs=1, ste="window"),
+    }
+    results = [accuracy.result(name, values) for name, values in found.items()]
+    assert accuracy.estimators(results)[:6] == [
+        "| test error, % | mnist, K=2, static, 3 epochs | resnet20, K=2, static, 1 epochs |",
+        "|---|--:|--:|",
+        "| `residual` | 1.00 (1) | 30.00 (1) |",
+        "| `window` | – | 40.00 (1) |",
+        "| `tanh` | 2.50 ± 0.71 (2) | – |",
+        "| `residual`, running β | 4.00 (1) | – |",
+    ]
+    usual = [accuracy.result(name, values) for name, values in RESULTS.items()]
+    assert accuracy.cifar10(results) == accuracy.cifar10(usual)
+    assert [row for row in accuracy.mnist(results) if row.startswith("| K=2")] == ["| K=2 | 1.00 (1) | – | – | 1.25 |"]
+    assert accuracy.estimators(usual) == ["No results yet."]
+
+
 def test_made_again_from_what_it_keeps(docs: Path, tmp_path: Path) -> None:
     """The same bytes, picture included, without the files of the runs."""
     accuracy.update(_files(tmp_path, RESULTS), docs)
@@ -158,7 +185,7 @@ def test_mistakes(docs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
-        ("<!-- svhn --><!-- /svhn -->", "a table 'svhn'; accepted: cifar10, mnist, errors, engines, steps"),
+        ("<!-- svhn --><!-- /svhn -->", "a table 'svhn'; accepted: cifar10, mnist, estimators, errors, engines, steps"),
         ("<!-- mnist -->", "found 1 marks of tables of which 0 are closed"),
     ],
 )
