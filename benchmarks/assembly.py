@@ -48,6 +48,11 @@ class Instruction:
         return int(found[1], 16) if found else None
 
     @property
+    def leaves(self) -> bool:
+        """Whether what comes after it in the listing need not come next: a branch, a call, a return."""
+        return self.destination is not None or bool(re.match(r"(bl|br|bx|blx|blr|ret)$", self.mnemonic))
+
+    @property
     def defines(self) -> str | None:
         """The first register it writes, as the operand is spelt; None for stores, comparisons and branches."""
         if re.match(r"(v?st|cmp|cmn|tst|fcmp|b$|b\.|bl|cb|tb|ret)", self.mnemonic) or not self.operands:
@@ -70,15 +75,9 @@ class Loop:
     body: tuple[Instruction, ...]
     before: tuple[Instruction, ...]
 
-    @property
-    def assembly(self) -> str:
-        """The body as an assembler takes it."""
-        return "\n".join([f"{LABEL}:", *(instruction.for_assembler for instruction in self.body)]) + "\n"
-
     def count(self, mnemonics: Iterable[str]) -> float:
-        """Vectors of 128 bits that the instructions of these names work on: a register of 64 bits is half of one."""
-        wanted = frozenset(mnemonics)
-        return sum(_width(instruction) for instruction in self.body if instruction.mnemonic in wanted)
+        """`vectors` of the body."""
+        return vectors(self.body, mnemonics)
 
     @property
     def spills(self) -> tuple[Instruction, ...]:
@@ -134,6 +133,17 @@ def instructions(listing: str) -> list[Instruction]:
         Instruction(int(address, 16), " ".join(_COMMENT.sub("", text).split()))
         for address, text in _LINE.findall(listing)
     ]
+
+
+def text_of(body: Iterable[Instruction]) -> str:
+    """The instructions as an assembler takes them."""
+    return "\n".join([f"{LABEL}:", *(instruction.for_assembler for instruction in body)]) + "\n"
+
+
+def vectors(body: Iterable[Instruction], mnemonics: Iterable[str]) -> float:
+    """Vectors of 128 bits that the instructions of these names work on: a register of 64 bits is half of one."""
+    wanted = frozenset(mnemonics)
+    return sum(_width(instruction) for instruction in body if instruction.mnemonic in wanted)
 
 
 def innermost_loops(code: Sequence[Instruction]) -> list[Loop]:

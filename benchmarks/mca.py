@@ -40,22 +40,23 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Tools:
-    """llvm-mca and llvm-objdump of one version of LLVM."""
+    """Programs of one version of LLVM."""
 
     mca: str
     objdump: str
+    objcopy: str
     version: str
 
     def disassemble(self, obj: Path) -> str:
         """The listing of an object file's code (TVM adds a section of its own, whose addresses start at 0 again)."""
-        return _run([self.objdump, "-d", "-j", ".text", "--no-show-raw-insn", str(obj)])
+        return call([self.objdump, "-d", "-j", ".text", "--no-show-raw-insn", str(obj)])
 
     def analyse(self, assembly: str, mtriple: str, mcpu: str, mattr: Sequence[str] = ()) -> Analysis:
         """One iteration of a loop on the core `mcpu`. NoModelError where LLVM has none of it."""
         command = [self.mca, f"-mtriple={mtriple}", f"-mcpu={mcpu}", "-json"]
         if mattr:
             command.append(f"-mattr={','.join(mattr)}")
-        few, many = (json.loads(_run([*command, f"-iterations={n}", "-"], assembly)) for n in (WARM, LONG))
+        few, many = (json.loads(call([*command, f"-iterations={n}", "-"], assembly)) for n in (WARM, LONG))
         (region,) = many["CodeRegions"]
         first, summary = few["CodeRegions"][0]["SummaryView"], region["SummaryView"]
         cycles = (summary["TotalCycles"] - first["TotalCycles"]) / (LONG - WARM)
@@ -76,14 +77,14 @@ class Tools:
 @lru_cache(maxsize=1)
 def find_tools() -> Tools:
     """The newest on PATH. HorqError where there is none, or none that is new enough."""
-    names = ["llvm-mca", *(f"llvm-mca-{number}" for number in range(NEWEST, OLDEST - 1, -1))]
+    suffixes = ["", *(f"-{number}" for number in range(NEWEST, OLDEST - 1, -1))]
     found = []
-    for name in names:
-        objdump = name.replace("mca", "objdump")
-        if shutil.which(name) and shutil.which(objdump):
-            version = re.search(r"version (\d+)([.\d]*)", _run([name, "--version"]))
+    for suffix in suffixes:
+        programs = [f"llvm-{program}{suffix}" for program in ("mca", "objdump", "objcopy")]
+        if all(map(shutil.which, programs)):
+            version = re.search(r"version (\d+)([.\d]*)", call([programs[0], "--version"]))
             if version:
-                found.append((int(version[1]), Tools(name, objdump, version[1] + version[2])))
+                found.append((int(version[1]), Tools(*programs, version[1] + version[2])))
     if not found or max(found, key=lambda pair: pair[0])[0] < OLDEST:
         there = ", ".join(tools.version for _, tools in found) or "none"
         raise HorqError(
@@ -97,7 +98,8 @@ def _unit(name: str) -> str:
     return name.split("Unit")[-1]
 
 
-def _run(command: Sequence[str], text: str | None = None) -> str:
+def call(command: Sequence[str], text: str | None = None) -> str:
+    """The standard output of a program. HorqError where it fails or does not know the CPU."""
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     wrong = [line for line in done.stderr.splitlines() if "error" in line or "not a recognized" in line]
     if done.returncode or wrong:  # an unknown CPU is only a warning to it, and another takes its place

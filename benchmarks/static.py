@@ -22,10 +22,10 @@ from horq_tvm import targets
 from horq_tvm.cli import options
 from horq_tvm.cli.show import progress, table, write_json
 from horq_tvm.emit import kernels as emit_kernels
-from horq_tvm.emit.plan import lower, make_plan
+from horq_tvm.emit.plan import CallPlan, Step, lower, make_plan
 from horq_tvm.errors import HorqError
 
-from . import assembly, fragments, mca
+from . import assembly, fragments, mca, trace
 from .arguments import listed, orders
 from .command import execute
 from .fragments import Fragment
@@ -36,6 +36,7 @@ Record = dict[str, Any]
 NOTE = "static analysis, not measured"
 TARGETS = ("rpi3", "jetson-nano", "rpi4", "rpi5", "neoverse-n1")
 STEM = "7x7 s2"
+NEGLIGIBLE = 1e-4  # of the instructions that run: a block below is not worth asking for
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,23 @@ def kind_of(name: str, target: targets.Target) -> Kind:
     return KINDS[target.mtriple.partition("-")[0]][name]
 
 
-def compile_object(fragment: Fragment, target: targets.Target, out: Path) -> None:
-    """The fragment's kernels as the object file that a library for `target` would have; nothing is linked."""
+@dataclass(frozen=True)
+class Compiled:
+    """A fragment's kernels as the object file that a library would have; nothing is linked. `step` calls `symbol`."""
+
+    obj: Path
+    plan: CallPlan
+    step: Step
+    symbol: str
+
+
+def compile_object(fragment: Fragment, target: targets.Target, out: Path) -> Compiled:
+    """Writes the object file `out`; its last step is the kernel itself, those before it pad and lay out."""
     mod = lower(fragment.lowered(target))
-    symbols = emit_kernels.symbol_names(make_plan(mod).steps)
+    plan = make_plan(mod)
+    symbols = emit_kernels.symbol_names(plan.steps)
     emit_kernels.compile_kernels(mod, symbols, target.tvm_target(), out)
+    return Compiled(out, plan, plan.steps[-1], symbols[plan.steps[-1].kernel])
 
 
 def kernels(wanted: Sequence[int]) -> Iterator[tuple[str, str, int | None, Fragment]]:
@@ -128,7 +141,7 @@ def analyse(tools: mca.Tools, listing: str, target: targets.Target, kind: Kind) 
 def modelled(tools: mca.Tools, loop: assembly.Loop, target: targets.Target, kind: Kind) -> Record:
     """What of a record comes from llvm-mca."""
     try:
-        found = tools.analyse(loop.assembly, target.mtriple, target.mcpu, target.mattr)
+        found = tools.analyse(assembly.text_of(loop.body), target.mtriple, target.mcpu, target.mattr)
     except mca.NoModelError:
         names = ("cycles", "bound", "fraction_of_bound", "macs_per_cycle", "model", "busiest", "busiest_fraction")
         return dict.fromkeys((*names, "micro_ops"))
@@ -146,27 +159,62 @@ def modelled(tools: mca.Tools, loop: assembly.Loop, target: targets.Target, kind
     }
 
 
+def whole(tools: mca.Tools, blocks: Sequence[trace.Block], target: targets.Target, kind: Kind) -> Record:
+    """The kernel with all that is around its loop: each block's cycles as often as qemu entered it, per vector.
+
+    A block is taken to overlap with its next run as a loop does, which an out-of-order core comes close to.
+    """
+    vectors = sum(block.runs * assembly.vectors(block.body, kind.counted) for block in blocks)
+    executed = sum(block.runs * len(block.body) for block in blocks)
+    try:
+        cycles = sum(
+            block.runs * tools.analyse(assembly.text_of(block.body), target.mtriple, target.mcpu, target.mattr).cycles
+            for block in blocks
+            if block.runs * len(block.body) > executed * NEGLIGIBLE
+        )
+    except mca.NoModelError:
+        return {"whole_cycles": None, "whole_fraction_of_bound": None, "whole_instructions": executed / vectors}
+    return {
+        "whole_cycles": cycles / vectors,
+        "whole_fraction_of_bound": bound(tools, target, kind) * vectors / cycles,
+        "whole_instructions": executed / vectors,
+    }
+
+
 @lru_cache(maxsize=64)
 def bound(tools: mca.Tools, target: targets.Target, kind: Kind) -> float:
     """Least cycles per vector of 128 bits on the core, by the same model."""
     return tools.analyse(kind.bound_loop, target.mtriple, target.mcpu, target.mattr).cycles / kind.copies
 
 
-def examine(
-    chosen: Sequence[targets.Target], wanted: Sequence[int], folder: Path, say: Callable[[str], None]
-) -> list[Record]:
+@dataclass(frozen=True)
+class Setting:
+    """What a run analyses. `folder` is where object files go; `loops_only` leaves qemu out."""
+
+    targets: Sequence[targets.Target]
+    orders: Sequence[int]
+    folder: Path
+    loops_only: bool = False
+    say: Callable[[str], None] = lambda _doing: None
+
+
+def examine(setting: Setting) -> list[Record]:
     """A record per target and kernel, in the order of the table."""
     tools = mca.find_tools()
     records: list[Record] = []
-    for target in chosen:
-        for name, layer, order, fragment in kernels(wanted):
+    for target in setting.targets:
+        for name, layer, order, fragment in kernels(setting.orders):
             kind = kind_of(name, target)
-            say(f"{target.name}: {layer}" + (f" K={order}" if order else ""))
-            obj = folder / f"{target.name}-{kind.name}-{layer}-{order or 'float'}.o"
-            compile_object(fragment, target, obj)
-            described = {"layer": layer, "kernel": kind.name, "engine": "horq-tvm", "order": order}
-            machine = {"target": target.name, "mcpu": target.mcpu, "llvm": tools.version, "note": NOTE}
-            records.append({**described, **machine, **analyse(tools, tools.disassemble(obj), target, kind)})
+            setting.say(f"{target.name}: {layer}" + (f" K={order}" if order else ""))
+            obj = setting.folder / f"{target.name}-{kind.name}-{layer}-{order or 'float'}.o"
+            built = compile_object(fragment, target, obj)
+            record = {"layer": layer, "kernel": kind.name, "engine": "horq-tvm", "order": order}
+            record |= {"target": target.name, "mcpu": target.mcpu, "llvm": tools.version, "note": NOTE}
+            record |= analyse(tools, tools.disassemble(obj), target, kind)
+            if not setting.loops_only:
+                executed = trace.trace(tools, obj, built.plan, built.step, built.symbol, target)
+                record |= whole(tools, executed, target, kind)
+            records.append(record)
     return records
 
 
@@ -183,26 +231,18 @@ def describe(records: Sequence[Record]) -> str:
             *_columns(record),
             record["spills"],
             record["scalar_popcounts"],
+            *_whole_columns(record),
         )
         for record in records
     ]
-    columns = (
-        "target",
-        "core (model)",
-        "layer",
-        "",
-        "instructions",
-        "vectors",
-        "cycles",
-        "bound",
-        "of bound",
-        "busiest",
-    )
+    loop = ("instructions", "vectors", "cycles", "bound", "of bound", "busiest", "spills", "scalar popcounts")
+    columns = ("target", "core (model)", "layer", "", *loop, "whole kernel", "of bound", "instructions")
     head = (
-        f"{NOTE}: llvm-mca {records[0]['llvm']} on the innermost loop\n"
-        "vectors of 128 bits an iteration; cycles per vector: 128 binary multiply-accumulates, or 4 of float32"
+        f"{NOTE}: llvm-mca {records[0]['llvm']} on the innermost loop, then on the whole kernel\n"
+        "vectors: of 128 bits, an iteration; cycles: a vector, so 128 binary multiply-accumulates or 4 of float32\n"
+        "whole kernel: cycles and instructions a vector, each as often as it runs under qemu"
     )
-    return f"{head}\n{table((*columns, 'spills', 'scalar popcounts'), rows)}"
+    return f"{head}\n{table(columns, rows)}"
 
 
 def _columns(record: Record) -> tuple[str | None, ...]:
@@ -210,6 +250,15 @@ def _columns(record: Record) -> tuple[str | None, ...]:
         return (None,) * 4
     busiest = f"{record['busiest']} {record['busiest_fraction']:.0%}"
     return f"{record['cycles']:.2f}", f"{record['bound']:.2f}", f"{record['fraction_of_bound']:.0%}", busiest
+
+
+def _whole_columns(record: Record) -> tuple[str | None, ...]:
+    if "whole_instructions" not in record:
+        return (None,) * 3
+    instructions = f"{record['whole_instructions']:.2f}"
+    if record["whole_cycles"] is None:
+        return None, None, instructions
+    return f"{record['whole_cycles']:.2f}", f"{record['whole_fraction_of_bound']:.0%}", instructions
 
 
 def parser() -> options.Parser:
@@ -224,6 +273,7 @@ def parser() -> options.Parser:
         help=f"what to compile for (default: {','.join(TARGETS)})",
     )
     top.add_argument("--orders", type=orders, default=(1, 2), metavar="1,2", help="planes K (default: 1,2)")
+    top.add_argument("--loops-only", action="store_true", help="leave out the whole kernel, which needs qemu")
     top.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the object files there, to be disassembled")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options.add_json_option(top)
@@ -236,7 +286,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.keep is not None:
         arguments.keep.mkdir(parents=True, exist_ok=True)
     with progress() as say, tempfile.TemporaryDirectory(prefix="horq-static-") as scratch:
-        records = examine(chosen, arguments.orders, arguments.keep or Path(scratch), say)
+        folder = arguments.keep or Path(scratch)
+        records = examine(Setting(chosen, arguments.orders, folder, arguments.loops_only, say))
     if arguments.json is not None:
         write_json(arguments.json, records)
     if arguments.json != "-":

@@ -77,7 +77,7 @@ def test_bits_counted_outside_the_vectors_are_seen() -> None:
 
 
 def test_the_assembly_stands_by_itself() -> None:
-    lines = only_loop("floats").assembly.splitlines()
+    lines = assembly.text_of(only_loop("floats").body).splitlines()
     assert lines[0] == f"{assembly.LABEL}:"
     assert lines[-5:] == [
         f"bl {assembly.LABEL}",

@@ -121,7 +121,7 @@ def test_records_and_table(
         assert record["scalar_popcounts"] == 0
     shown = capsys.readouterr().out
     assert shown.startswith("static analysis, not measured")
-    assert len(shown.splitlines()) == 3 + len(records)
+    assert len(shown.splitlines()) == 4 + len(records)
 
 
 @needs_targets

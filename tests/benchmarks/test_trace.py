@@ -1,0 +1,57 @@
+"""Counts of a short log by hand, and of a kernel whose popcounts are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tvm")
+
+from benchmarks import assembly, fragments, mca, static, trace
+from benchmarks.fragments import Conv
+from horq_tvm import targets
+from horq_tvm.errors import HorqError
+
+LISTINGS = Path(__file__).parent / "listings"
+COMPILER = "aarch64-linux-gnu-gcc"
+CORTEX_A72 = dataclasses.replace(
+    targets.resolve("x86-64"), mtriple="aarch64-linux-gnu", mcpu="cortex-a72", features=(), compiler=(COMPILER,)
+)
+
+
+def test_blocks_that_overlap_are_added_up_and_others_code_is_left_out() -> None:
+    log, listing = ((LISTINGS / f"{name}.txt").read_text() for name in ("log", "traced"))
+    found = trace.blocks(log, assembly.instructions(listing))
+    assert [([instruction.address for instruction in block.body], block.runs) for block in found] == [
+        ([0x2000], 1),
+        ([0x2004, 0x2008], 3),
+        ([0x200C, 0x2010], 1),
+        ([0x2018], 1),
+    ]
+
+
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs {COMPILER} (apt install gcc-aarch64-linux-gnu)")
+@pytest.mark.skipif(shutil.which("qemu-aarch64-static") is None, reason="needs qemu (apt install qemu-user-static)")
+def test_a_kernel_counts_every_bit_once(tmp_path: Path) -> None:
+    try:
+        tools = mca.find_tools()
+    except HorqError as error:
+        pytest.skip(str(error))
+    conv = Conv(8, 64, 32)
+    built = static.compile_object(fragments.bare_conv(conv, 1, 1), CORTEX_A72, tmp_path / "kernels.o")
+    blocks = trace.trace(tools, built.obj, built.plan, built.step, built.symbol, CORTEX_A72)
+    counted = sum(block.runs * assembly.vectors(block.body, ("cnt",)) for block in blocks)
+    assert counted * 128 == conv.macs(1)
+    kind = static.kind_of(static.BITS, CORTEX_A72)
+    record = static.whole(tools, blocks, CORTEX_A72, kind)
+    assert record["whole_instructions"] > len(kind.needed)
+    assert 0 < record["whole_fraction_of_bound"] < 1
+
+
+def test_a_missing_emulator_names_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(HorqError, match="apt install qemu-user-static"):
+        trace.trace(mca.Tools("", "", "", ""), tmp_path / "k.o", None, None, "k", CORTEX_A72)  # type: ignore[arg-type]
