@@ -78,6 +78,12 @@ def _pieces(spec: TensorSpec, data: Mapping[str, np.ndarray]) -> int:
     if len(found) != len(sample) + 1 or found[1:] != sample or not found[0]:
         accepted = ", ".join(("samples", *map(str, sample)))
         raise UsageError(f"calibration: {spec.name!r} has shape {found}; accepted: ({accepted})")
+    samples = np.asarray(data[spec.name])
+    if np.dtype(spec.dtype).kind in "iu" and not np.array_equal(samples, samples.astype(spec.dtype)):
+        raise UsageError(
+            f"calibration: {spec.name!r} has dtype {samples.dtype} and values that {spec.dtype} cannot hold; accepted:"
+            f" what the model reads, {spec.dtype}"
+        )
     return -(-found[0] // _rows(spec))
 
 

@@ -88,6 +88,34 @@ def conv2d(
     return sums.astype("int32"), sums.astype("float32") * factors(scale, weight_scale)[:, None, None]
 
 
+def image_conv2d(
+    pixels: NDArray[np.uint8],
+    weight: Array,
+    factor: Array,
+    addend: Array,
+    *,
+    strides: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Of x = factor_c·p + addend_c: pixels uint8 [N,C,H,W], weight float32 [F,C,kh,kw] → (S int32, output float32).
+
+    With z_c = −addend_c / factor_c and z'_c the nearest level: S = Σ (p − z'_c)·w, w the integers of the weights
+    W·factor_c, whose scale s_f rounded to float32 is the factor of the output; the addend fl(Σ W·factor_c·(z'_c − z_c))
+    follows. A padded position is p = z'_c.
+    """
+    zeros = -np.asarray(addend, "float64") / np.asarray(factor, "float64")
+    levels = np.clip(np.rint(zeros), 0, LEVELS)
+    scaled = weight.astype("float64") * np.asarray(factor, "float64")[:, None, None]
+    w, weight_scale = quantize_weights(scaled)
+    steps = pixels.astype("int64") - levels.astype("int64")[:, None, None]
+    rows = patches(steps, w.shape[2:], strides, padding, dilation, 1)
+    sums = np.einsum("nyxgl,fl->nfyx", rows, w.astype("int64").transpose(0, 2, 3, 1).reshape(len(w), -1))
+    rest = (scaled * (levels - zeros)[:, None, None]).sum(axis=(1, 2, 3)).astype("float32")
+    output = sums.astype("float32") * weight_scale.astype("float32")[:, None, None] + rest[:, None, None]
+    return sums.astype("int32"), output
+
+
 def dense(x: Array, weight: Array, scale: float, zero_point: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """x float32 [...,L], weight float32 [F,L] → (S int32, output float32), [...,F]; no bias."""
     image = x.reshape(-1, x.shape[-1], 1, 1)

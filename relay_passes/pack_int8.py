@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +12,12 @@ from tvm import relax
 
 from horq_tvm import ops
 from horq_tvm.errors import HorqError
-from horq_tvm.ops.int8 import ELEMENTS, WEIGHT_DTYPE, Activation, Int8Style, Rows, activation_of
+from horq_tvm.ops.int8 import ELEMENTS, WEIGHT_DTYPE, Activation, Int8Style, Rows, activation_of, zero_points_of
+from horq_tvm.pixels import TO_NHWC
 from horq_tvm.straightline import Array, Program, Writer, array_of, constant, op_name, read_main
 
 from .pack_weights import by_lanes
 
-TO_NHWC = (0, 2, 3, 1)
 PLANAR_CHANNELS = 4  # an image of so few channels is quantised as it arrives: channel by channel
 
 
@@ -35,11 +35,12 @@ class Int8Target:
 
 @tvm.transform.module_pass(opt_level=0, name="PackInt8")
 class PackInt8:
-    """horq.int8_conv2d and horq.int8_dense → horq.quantize → horq.packed_int8.
+    """horq.int8_conv2d, horq.int8_image and horq.int8_dense → horq.quantize → horq.packed_int8.
 
     Padding, strides of 1×1 windows (pixels that no window reads are not quantised) and the transposition of an image
-    that arrives in NCHW go into the quantisation. Layers that quantise a value in the same way share the result. Raises
-    HorqError on an int8 layer where the target has no int8 kernels.
+    that arrives in NCHW go into the quantisation. Layers that quantise a value in the same way share the result. An
+    image of bytes whose rows are what the kernel wants is read where it is. Raises HorqError on an int8 layer where the
+    target has no int8 kernels.
     """
 
     def __init__(self, target: Int8Target) -> None:
@@ -50,7 +51,7 @@ class PackInt8:
         with Writer(mod, program) as writer:
             packer = _Packer(writer, program, self.target)
             for var, value in program.bindings:
-                if op_name(value) == "horq.int8_conv2d":
+                if op_name(value) in ("horq.int8_conv2d", "horq.int8_image"):
                     writer.map(var, packer.conv2d(value))
                 elif op_name(value) == "horq.int8_dense":
                     writer.map(var, packer.dense(value))
@@ -61,7 +62,10 @@ class PackInt8:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A convolution about to be packed: weight int8 [F,kh,kw,c], factor float32 [F]; `size` of its input."""
+    """A convolution about to be packed: weight int8 [F,kh,kw,c], factor float32 [F]; `size` of its input.
+
+    `pixels` are the zero points of the channels of an image of bytes, none where the input is float.
+    """
 
     name: str
     weight: Array
@@ -70,6 +74,7 @@ class _Layer:
     activation: Activation
     size: tuple[int, int]
     channels: int
+    pixels: tuple[int, ...] = ()
 
 
 class _Packer:
@@ -104,14 +109,17 @@ class _Packer:
         rows = Rows.of((size[0], size[1]), layer.channels, window, style, planar=planes is not None)
         source = ops.Geometry((1, 1), stride, geometry.padding, groups=geometry.groups)
         operand = self.writer.resolve(x if planes is None else planes)
-        how: dict[str, Any] = {"activation": layer.activation, "rows": rows, "geometry": source, "style": style}
-        elements = self._quantize(operand, **how, planar=planes is not None)
+        if layer.pixels and style == "quads" and planes is None and rows.is_image(size, layer.channels, source):
+            elements = self.writer.emit(relax.op.reshape(operand, (ops.shape_of(operand)[0], rows.height, rows.length)))
+        else:
+            how: dict[str, Any] = {"activation": layer.activation, "rows": rows, "geometry": source, "style": style}
+            elements = self._quantize(operand, **how, zero_points=layer.pixels, planar=planes is not None)
         filters, groups = len(layer.weight), geometry.groups
         lanes = self.target.lanes(filters // groups, groups)
         packed = ops.packed_int8(
             elements,
             constant(pack_filters(layer.weight, groups, lanes, rows, style, planar=planes is not None)),
-            constant(starts(layer.weight, groups, lanes, layer.activation, style)),
+            constant(starts(layer.weight, groups, lanes, _zeros(layer, style))),
             constant(layer.factor),
             name=layer.name,
             rows=rows,
@@ -139,8 +147,16 @@ class _Packer:
 
 
 def _layer(value: relax.Call, weight: Array, geometry: ops.Geometry, size: tuple[int, int], channels: int) -> _Layer:
-    name, activation = str(value.attrs["name"]), activation_of(value.attrs)
-    return _Layer(name, weight, _array(value, 2), geometry, activation, size, channels)
+    pixels = zero_points_of(value.attrs) if op_name(value) == "horq.int8_image" else ()
+    activation = Activation(1.0, 0) if pixels else activation_of(value.attrs)
+    return _Layer(str(value.attrs["name"]), weight, _array(value, 2), geometry, activation, size, channels, pixels)
+
+
+def _zeros(layer: _Layer, style: Int8Style) -> tuple[int, ...]:
+    """What the elements of each channel of a group stand above their value: 0 where they are q − z."""
+    if layer.pixels:
+        return layer.pixels
+    return (layer.activation.zero_point if style == "quads" else 0,) * layer.weight.shape[3]
 
 
 def _array(value: relax.Call, index: int) -> Array:
@@ -167,8 +183,7 @@ def pack_filters(
     return np.ascontiguousarray(by_vector.reshape(*by_vector.shape[:5], -1).astype(WEIGHT_DTYPE[style]))
 
 
-def starts(weight: Array, groups: int, lanes: int, activation: Activation, style: Int8Style) -> Array:
-    """int32 [G,B·v]: −z·Σ w, which turns Σ q·w into Σ (q − z)·w; 0 where elements are q − z already."""
-    zero = activation.zero_point if style == "quads" else 0
-    sums = -zero * weight.astype("int64").reshape(len(weight), -1).sum(axis=1)
+def starts(weight: Array, groups: int, lanes: int, zeros: Sequence[int]) -> Array:
+    """int32 [G,B·v]: −Σ z_c·w, which turns Σ q·w into Σ (q − z_c)·w; weight [F,kh,kw,c], `zeros` by channel c."""
+    sums = -(weight.astype("int64") * np.array(zeros, "int64")).reshape(len(weight), -1).sum(axis=1)
     return by_lanes(sums.astype("int32"), groups, lanes).reshape(groups, -1)

@@ -50,7 +50,10 @@ def style(target: Target) -> Int8Style | None:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """One `horq.quantize` as plain numbers. `shape` is [N,H,W,C], `planar` [N,C,H,W]; `lanes` floats in a vector."""
+    """One `horq.quantize` as plain numbers. `shape` is [N,H,W,C], `planar` [N,C,H,W]; `lanes` floats in a vector.
+
+    With `zero_points`, one a channel, the operand holds bytes, which are elements already; these pad it.
+    """
 
     shape: tuple[int, ...]
     planar: bool
@@ -59,6 +62,7 @@ class Quantisation:
     geometry: Geometry
     style: Int8Style
     lanes: int
+    zero_points: tuple[int, ...] = ()
 
     @property
     def image(self) -> tuple[int, int, int, int]:
@@ -90,13 +94,13 @@ class Quantisation:
 
 
 def quantise(spec: Quantisation) -> tirx.PrimFunc:
-    """x float32 as `Quantisation.image` → elements [N,Hp,Row]; one block a row."""
+    """x float32 (uint8 with zero points) as `Quantisation.image` → elements [N,Hp,Row]; one block a row."""
     batch, height, length = spec.output
     _, planes, rows, row = spec.image
     top, left, _, _ = spec.geometry.padding
     with IRBuilder() as builder, T.prim_func(private=True, s_tir=True):
         T.func_name("quantize")
-        x = T.arg("x", T.Buffer(_wide(spec.image), "float32"))
+        x = T.arg("x", T.Buffer(_wide(spec.image), "uint8" if spec.zero_points else "float32"))
         elements = T.arg("elements", T.Buffer(_wide(spec.output), ACTIVATION_DTYPE[spec.style]))
         with T.grid(*_wide((batch, height))) as loops, T.sblock("quantize_row"):
             n, y = (T.axis.spatial(_index(e), v, "int64") for e, v in zip((batch, height), loops, strict=True))
@@ -115,12 +119,33 @@ def _fill(spec: Quantisation, elements: tirx.Buffer, n: tirx.Expr, y: tirx.Expr)
     (outer, _, _), (inner, _, _), run = spec.runs
     if outer * inner * run * spec.image[1] == spec.rows.length and not any(spec.geometry.padding):
         return
-    dtype = ACTIVATION_DTYPE[spec.style]
     zero = spec.activation.zero_point if spec.style == "quads" else 0
-    widest = FILL_BYTES // (1 if spec.style == "quads" else 2)
-    for begin, count, lanes in _spans(spec.rows.length, widest):
+    if spec.planar and spec.zero_points:
+        for plane, level in enumerate(spec.zero_points):
+            _splash(spec, elements, (n, y), plane * spec.rows.plane, spec.rows.plane, level)
+    elif len(set(spec.zero_points)) > 1:
+        _stripes(spec, elements, (n, y))
+    else:
+        _splash(spec, elements, (n, y), 0, spec.rows.length, (*spec.zero_points, zero)[0])
+
+
+def _splash(
+    spec: Quantisation, elements: tirx.Buffer, row: tuple[tirx.Expr, ...], begin: int, length: int, level: int
+) -> None:
+    """`length` elements of one level."""
+    dtype = ACTIVATION_DTYPE[spec.style]
+    for first, count, lanes in _spans(length, FILL_BYTES // (1 if spec.style == "quads" else 2)):
         with T.grid(_index(count)) as i:
-            T.buffer_store(elements, _splat(tirx.const(zero, dtype), lanes), [n, y, _ramp(begin + i * lanes, lanes)])
+            at = _ramp(begin + first + i * lanes, lanes)
+            T.buffer_store(elements, _splat(tirx.const(level, dtype), lanes), [*row, at])
+
+
+def _stripes(spec: Quantisation, elements: tirx.Buffer, row: tuple[tirx.Expr, ...]) -> None:
+    """The zero points of the channels of all pixels, one after the other."""
+    dtype = ACTIVATION_DTYPE[spec.style]
+    with T.grid(_index(spec.rows.length // spec.rows.pixel)) as i:
+        for channel, level in enumerate(spec.zero_points):
+            T.buffer_store(elements, tirx.const(level, dtype), [*row, i * spec.rows.pixel + channel])
 
 
 def _row(
@@ -137,7 +162,7 @@ def _row(
     with T.grid(*_wide((outer, inner))) as (i, j):
         origin = i * outer_from + j * inner_from
         written = i * outer_to + j * inner_to + (plane * spec.rows.plane + begin)
-        for first, count, lanes in _spans(run, spec.lanes):
+        for first, count, lanes in _spans(run, FILL_BYTES if spec.zero_points else spec.lanes):
             with T.grid(_index(count)) as k:
                 offset = k * lanes + first
                 read = (*source, _ramp(origin + offset, lanes))
@@ -156,7 +181,12 @@ def _spans(length: int, widest: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _element(spec: Quantisation, value: tirx.Expr, lanes: int) -> tirx.Expr:
-    """q, or q − z: clipped as a float, so that no multiplication stands right before the rounding addition to fuse."""
+    """q, or q − z: clipped as a float, so that no multiplication stands right before the rounding addition to fuse.
+
+    A byte is an element already.
+    """
+    if spec.zero_points:
+        return value if spec.style == "quads" else tirx.Cast(_vector(ACTIVATION_DTYPE[spec.style], lanes), value)
     scale, zero = spec.activation.scale, spec.activation.zero_point
     steps = value * _splat(_float(reference_int8.reciprocal(scale)), lanes)
     clipped = tirx.Min(tirx.Max(steps, _splat(_float(-zero), lanes)), _splat(_float(255 - zero), lanes))

@@ -10,7 +10,7 @@ from tvm.ir import Op
 from tvm.relax import BlockBuilder
 
 from horq_tvm.ops import Geometry, shape_of
-from horq_tvm.ops.int8 import activation_of, rows_of, style_of
+from horq_tvm.ops.int8 import activation_of, rows_of, style_of, zero_points_of
 
 from . import conv2d as float_conv
 from . import int8
@@ -135,6 +135,7 @@ def _quantize(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
         Geometry.of(call.attrs),
         style_of(call.attrs),
         int(call.attrs["lanes"]),
+        zero_points_of(call.attrs),
     )
     image = builder.emit(relax.op.reshape(x, spec.image))
     return relax.call_tir(builder.add_func(int8.quantise(spec), "quantize"), [image], out_ty=call.ty)

@@ -5,7 +5,18 @@ from .bitserial import BITSERIAL_CONV2D, BITSERIAL_DENSE, bitserial
 from .conv2d import CONV2D, conv2d
 from .dense import DENSE, dense
 from .geometry import Geometry
-from .int8 import INT8_CONV2D, INT8_DENSE, PACKED_INT8, QUANTIZE, int8_conv2d, int8_dense, packed_int8, quantize
+from .int8 import (
+    INT8_CONV2D,
+    INT8_DENSE,
+    INT8_IMAGE,
+    PACKED_INT8,
+    QUANTIZE,
+    int8_conv2d,
+    int8_dense,
+    int8_image,
+    packed_int8,
+    quantize,
+)
 from .name import NAME, name
 from .packed import (
     PACKED_BITSERIAL,
@@ -27,6 +38,7 @@ __all__ = [
     "DENSE",
     "INT8_CONV2D",
     "INT8_DENSE",
+    "INT8_IMAGE",
     "NAME",
     "PACKED_BITSERIAL",
     "PACKED_CONV2D",
@@ -44,6 +56,7 @@ __all__ = [
     "dense",
     "int8_conv2d",
     "int8_dense",
+    "int8_image",
     "name",
     "packed_bitserial",
     "packed_conv2d",

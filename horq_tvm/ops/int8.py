@@ -11,6 +11,7 @@ arrives channel by channel, otherwise one tap.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any, Literal
@@ -49,6 +50,7 @@ def _infer_dense(expr: relax.Call) -> relax.TensorType:
 
 
 INT8_CONV2D = register("horq.int8_conv2d", 3, _infer_conv2d)
+INT8_IMAGE = register("horq.int8_image", 3, _infer_conv2d)
 INT8_DENSE = register("horq.int8_dense", 3, _infer_dense)
 
 
@@ -60,6 +62,23 @@ def int8_conv2d(
     A padded position has the value 0, that is q = z.
     """
     return call(INT8_CONV2D, [x, weight, factor], name=name, **asdict(activation), **geometry.attributes())
+
+
+def int8_image(
+    pixels: relax.Expr,
+    weight: relax.Expr,
+    factor: relax.Expr,
+    *,
+    name: str,
+    geometry: Geometry,
+    zero_points: Sequence[int],
+) -> relax.Call:
+    """pixels uint8 [N,H,W,C], weight int8 [F,kh,kw,C/g], factor float32 [F] → float32 [N,HO,WO,F].
+
+    factor_f · Σ (p − z_c)·w with the channels' `zero_points` z_c, 0 to 255. A padded position is p = z_c.
+    """
+    zeros = [int(zero) for zero in zero_points]
+    return call(INT8_IMAGE, [pixels, weight, factor], name=name, zero_points=zeros, **geometry.attributes())
 
 
 def int8_dense(
@@ -113,6 +132,11 @@ class Rows:
             length = _whole_words(max(width * pixel, last + words * per_word), per_word)
         return cls(height, length, sx * pixel, group, taps, tap, words, plane, pixel)
 
+    def is_image(self, size: Sequence[int], channels: int, source: Geometry) -> bool:
+        """Whether an NHWC image of `size`, taken as `source` says, has these very rows: nothing is put around them."""
+        plain = not any(source.padding) and source.strides == (1, 1) and self.pixel == channels
+        return plain and [self.height, self.length] == [size[0], size[1] * channels]
+
 
 def _whole_words(elements: int, per_word: int) -> int:
     return ceil(elements / per_word) * per_word
@@ -135,11 +159,14 @@ def quantize(
     style: Int8Style,
     lanes: int,
     planar: bool = False,
+    zero_points: Sequence[int] = (),
 ) -> relax.Call:
     """x float32 [N,H,W,C] (`planar`: [N,C,H,W]) → the elements of `rows`, uint8 q or int16 q − z, [N,Hp,Row].
 
-    geometry  `padding` is filled with the value 0; `strides` take every such pixel only (for a 1×1 window), else (1,1);
-              `groups` begin at whole dwords where `rows` says so
+    With `zero_points`, one a channel, x is an image of bytes that are elements already, in either style.
+
+    geometry  `padding` is filled with the value 0, which of bytes is the channel's zero point; `strides` take every
+              such pixel only (for a 1×1 window), else (1,1); `groups` begin at whole dwords where `rows` says so
     lanes     floats of the target's vector
     """
     return call(
@@ -149,6 +176,7 @@ def quantize(
         dtype=ACTIVATION_DTYPE[style],
         lanes=lanes,
         planar=int(planar),
+        zero_points=[int(zero) for zero in zero_points],
         **asdict(activation),
         **asdict(rows),
         **geometry.attributes(),
@@ -181,7 +209,7 @@ def packed_int8(
 
     weight  [G,B,kh,taps,words,v·e], B = ⌈F/G/v⌉, e elements a dword, those of a filter side by side: int8 (e = 4) or
             int16 (e = 2)
-    start   int32 [G,B·v]: −z·Σ w for `quads`, whose elements are q; 0 for `pairs`, whose elements are q − z
+    start   int32 [G,B·v]: −Σ z·w for elements that are q or bytes; 0 for those that are q − z
     factor  float32 [F]
     """
     how: dict[str, Any] = asdict(rows) | geometry.attributes()
@@ -197,6 +225,11 @@ def rows_of(attrs: Any) -> Rows:
 def activation_of(attrs: Any) -> Activation:
     """The activation that `int8_conv2d`, `int8_dense` or `quantize` wrote on its call."""
     return Activation(float(attrs["scale"]), int(attrs["zero_point"]))
+
+
+def zero_points_of(attrs: Any) -> tuple[int, ...]:
+    """The zero points of an image of bytes that `int8_image` or `quantize` wrote on its call, none for floats."""
+    return tuple(int(zero) for zero in attrs["zero_points"])
 
 
 def style_of(attrs: Any) -> Int8Style:

@@ -20,10 +20,10 @@ Array = np.ndarray[Any, Any]
 Body = Callable[..., "relax.Expr | Sequence[relax.Expr]"]
 
 
-def module(shapes: Sequence[tuple[int, ...]], body: Body) -> tvm.IRModule:
-    """main(x0, x1, ...) of float32 `shapes`, returning what `body(emit, x0, x1, ...)` returns."""
+def module(shapes: Sequence[tuple[int, ...]], body: Body, dtype: str = "float32") -> tvm.IRModule:
+    """main(x0, x1, ...) of `shapes`, returning what `body(emit, x0, x1, ...)` returns."""
     builder = relax.BlockBuilder()
-    params = [relax.Var(f"x{i}", relax.TensorType(shape, "float32")) for i, shape in enumerate(shapes)]
+    params = [relax.Var(f"x{i}", relax.TensorType(shape, dtype)) for i, shape in enumerate(shapes)]
     with builder.function("main", params):
         with builder.dataflow():
             output = builder.emit_output(body(builder.emit, *params))

@@ -93,13 +93,20 @@ def test_planes_are_runs_of_their_own() -> None:
     np.testing.assert_array_equal(packed[0, 0, 1, 1, :, 6:8].ravel(), [*weight[3, 1, :, 1], 0])
 
 
-def test_the_start_takes_the_zero_point_out_of_unsigned_elements_only() -> None:
+def test_the_start_takes_the_zero_points_out() -> None:
     weight = np.random.default_rng(0).integers(-127, 128, (6, 2, 3, 5)).astype("int8")
-    found = starts(weight, 1, 4, Activation(1.0, 7), "quads")
-    expected = [*(-7 * weight.astype(int).reshape(6, -1).sum(1)), 0, 0]
+    zeros = [7, 0, 255, 3, 1]
+    found = starts(weight, 1, 4, zeros)
+    expected = [*(-(weight.astype(int) * zeros).reshape(6, -1).sum(1)), 0, 0]
     np.testing.assert_array_equal(found, [expected])
     assert found.dtype == np.int32
-    assert not starts(weight, 1, 4, Activation(1.0, 7), "pairs").any()
+
+
+@pytest.mark.parametrize(("style", "zero"), [("quads", 9), ("pairs", 0)])
+def test_elements_of_16_bits_have_no_zero_point_left(style: Int8Style, zero: int) -> None:
+    mod = packed(lambda emit, x: emit(int8_conv(x, 8, G((1, 1)))), (1, 7, 6, 8), style=style)
+    (conv,) = calls(mod, "horq.packed_int8")
+    np.testing.assert_array_equal(array_of(conv.args[2]), [[-8 * zero] * 4])
 
 
 # --- The pass ---------------------------------------------------------------------------------------------------------
