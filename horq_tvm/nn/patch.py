@@ -1,9 +1,10 @@
 """The convolution of `patch` in training, in which every window has scales of its own.
 
-A window's values are quantised by its own β, so that there is no one quantised image to convolve. Instead every window
-gets pixels of its own: laid side by side they are an image of HO·kh by WO·kw, over which the convolution goes in steps
-of its kernel. It is made some images at a time, so that it stays in the cache: what makes a plain unfold slow is
-memory, not arithmetic. Nothing of it is kept for the backward pass but β.
+A window's values are quantised by its own β, so that there is no one quantised image to convolve. Two facts make it
+cheap. β_i is one number a window, and so a factor of its output: Σ_i β_i·(H_i ∗ α·B), with planes of ±1. And H_1 is the
+sign of X in every window, so that its product is a plain convolution. The other planes differ from window to window and
+are unfolded, some images at a time so that they stay in the cache: what makes a plain unfold slow is memory, not
+arithmetic. Nothing of it is kept for the backward pass but β.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from horq_tvm.nn.options import Ste
 from horq_tvm.nn.quantise import passed_through
@@ -23,6 +25,12 @@ from horq_tvm.torch_ops import output_size, pad_zeros, sign
 
 # So many values of windows at a time for each thread: 2 MB of float32. With half and with twice as many it is slower.
 _CHUNK_VALUES = 1 << 19
+# The integers of a float's size, its sign bit, and the bits of 1.
+_BITS = {
+    torch.float32: (torch.int32, -(1 << 31), 0x3F80_0000),
+    torch.bfloat16: (torch.int16, -(1 << 15), 0x3F80),
+    torch.float16: (torch.int16, -(1 << 15), 0x3C00),
+}
 
 
 @dataclass(frozen=True)
@@ -64,17 +72,20 @@ class _PatchConv2d(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, order: int, ste: Ste, window: Window, dtype: torch.dtype
     ) -> Tensor:
         image = _padded_image(x, window)
-        first = _first_scales(image, window)
-        betas = first.new_empty((order, *first.shape))
-        betas[0] = first
+        betas = image.new_empty((order, len(x), *window.outputs(x), window.groups))
+        betas[0] = _first_scales(image, window)
         filters = weight.to(dtype)
-        parts = [
-            F.conv2d(_quantised(*part, known=1).to(dtype), filters, None, window.kernel, 0, 1, window.groups)
-            for part in _chunks(image, betas, window)
-        ]
+        signs = sign(image)
+        first = F.conv2d(
+            _channels_first(signs).to(dtype), filters, None, window.stride, 0, window.dilation, window.groups
+        )
+        y = _by_group(first, window) * betas[0, ..., None]
+        for rows, i, plane in _later_planes(image, signs, betas, window, dtype, known=1):
+            product = F.conv2d(plane, filters, None, window.kernel, 0, 1, window.groups)
+            y[rows].addcmul_(betas[i, rows, ..., None], _by_group(product, window).float())
         ctx.save_for_backward(x, weight, betas)
         ctx.ste, ctx.window = ste, window
-        return torch.cat(parts)
+        return _channels_first(y.flatten(3)).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -95,58 +106,88 @@ def _padded_image(x: Tensor, window: Window) -> Tensor:
     return (pad_zeros(x, window.padding).permute(0, 2, 3, 1) + 0.0).contiguous()
 
 
+def _channels_first(image: Tensor) -> Tensor:
+    """[N,H,W,C] as [N,C,H,W], the same memory."""
+    return image.permute(0, 3, 1, 2)
+
+
+def _by_group(y: Tensor, window: Window) -> Tensor:
+    """[N,F,HO,WO] as [N,HO,WO,G,F/G]."""
+    return y.permute(0, 2, 3, 1).unflatten(3, (window.groups, -1))
+
+
 def _first_scales(image: Tensor, window: Window) -> Tensor:
-    """β_1 = mean|X| of every window of a padded image [N,H,W,C], as a box sum: [N,HO,1,WO,1,G,1]."""
-    means = image.abs().unflatten(3, (window.groups, -1)).mean(-1).double().permute(0, 3, 1, 2)
-    ones = means.new_ones((1, 1, *window.kernel))
-    sums = F.conv2d(means.flatten(0, 1)[:, None], ones, None, window.stride, 0, window.dilation)
-    by_group = (sums.unflatten(0, means.shape[:2])[:, :, 0] / ones.numel()).float()
-    return by_group.permute(0, 2, 3, 1)[:, :, None, :, None, :, None]
+    """β_1 = mean|X| of every window of a padded image [N,H,W,C], as a box sum: [N,HO,WO,G]."""
+    sums = image.abs().unflatten(3, (window.groups, -1)).mean(-1).double()
+    for axis in (1, 2):
+        taps = range(window.kernel[axis - 1])
+        sums = sum(
+            (sums[_tap(sums.shape[axis], axis, t, window)] for t in taps[1:]),
+            sums[_tap(sums.shape[axis], axis, 0, window)],
+        )
+    return (sums / (window.kernel[0] * window.kernel[1])).float()
 
 
-def _chunks(image: Tensor, betas: Tensor, window: Window) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Some images at a time: the windows and their signs as views [n,HO,kh,WO,kw,G,C/g], and their part of betas."""
-    _, _, outputs_down, _, outputs_across, *_ = betas.shape
-    channels = image.shape[3]
-    (kernel_down, kernel_across), groups = window.kernel, window.groups
-    shape = (outputs_down, kernel_down, outputs_across, kernel_across, groups, channels // groups)
+def _later_planes(
+    image: Tensor, signs: Tensor, betas: Tensor, window: Window, dtype: torch.dtype, known: int
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """H_2, H_3, ... of all windows of some images at a time: (which images, i − 1, ±1 as [n,C,HO·kh,WO·kw] in `dtype`).
+
+    The windows lie side by side, so that a convolution in steps of its kernel goes over them: a matrix product of few
+    columns is slower. The first `known` of betas[K,N,HO,WO,G] are read, the others are computed and written before
+    their plane is handed out. The next plane may be written over it.
+    """
+    order, _, outputs_down, outputs_across, groups = betas.shape
+    (kernel_down, kernel_across), channels = window.kernel, image.shape[3] // groups
+    shape = (outputs_down, kernel_down, outputs_across, kernel_across, groups, channels)
     batch, row, column, _ = image.stride()
     (down, across), (spread_down, spread_across) = window.stride, window.dilation
-    steps = (batch, row * down, row * spread_down, column * across, column * spread_across, channels // groups, 1)
+    steps = (batch, row * down, row * spread_down, column * across, column * spread_across, channels, 1)
     count = max(1, _CHUNK_VALUES * torch.get_num_threads() // torch.Size(shape).numel())
-    for part, signs, beta in zip(image.split(count), sign(image).split(count), betas.split(count, 1), strict=True):
-        yield part.as_strided((len(part), *shape), steps), signs.as_strided((len(part), *shape), steps), beta
-
-
-def _quantised(windows: Tensor, signs: Tensor, betas: Tensor, known: int) -> Tensor:
-    """X̂ of windows [n,HO,kh,WO,kw,G,C/g] with betas[K,n,HO,1,WO,1,G,1], as an image [n,C,HO·kh,WO·kw].
-
-    The first `known` of the betas are read, the others are computed and written.
-    """
-    total = torch.empty(windows.shape, device=windows.device)
-    torch.mul(betas[0], signs, out=total)  # a quarter of copysign's time
-    if len(betas) > 1:
-        residual, plane = windows - total, torch.empty_like(total)
-        for i, scale in enumerate(betas[1:], start=1):
+    for start in range(0, len(image) if order > 1 else 0, count):
+        rows = slice(start, start + count)
+        values, first = (part[rows].as_strided((len(part[rows]), *shape), steps) for part in (image, signs))
+        scales = betas[:, rows, :, None, :, None, :, None]
+        residual = image.new_empty(values.shape)
+        scratch = torch.empty_like(residual)
+        torch.addcmul(values, first, scales[0], value=-1, out=residual)
+        for i in range(1, order):
             if i >= known:
-                # Over the channels in float32, over the taps in float64: all of it in float64 takes a fifth longer.
-                by_tap = torch.abs(residual, out=plane).mean(6, keepdim=True)
-                scale.copy_(by_tap.mean((2, 4), keepdim=True, dtype=torch.float64))
-            torch.copysign(scale, residual, out=plane)
-            total.add_(plane)
-            if i < len(betas) - 1:
-                residual.sub_(plane)
-    return total.flatten(5).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+                # Over neighbouring taps in float32, then in float64: all of it in float64 takes a fifth longer.
+                betas[i, rows] = torch.abs(residual, out=scratch).mean((4, 6)).mean(2, dtype=torch.float64)
+            plane = _signs_into(scratch if dtype == scratch.dtype else torch.empty_like(scratch, dtype=dtype), residual)
+            yield rows, i, _channels_first(plane.flatten(5).flatten(3, 4).flatten(1, 2))
+            if i < order - 1:
+                residual.sub_(torch.copysign(scales[i], residual, out=scratch))
+
+
+def _signs_into(out: Tensor, x: Tensor) -> Tensor:
+    """±1 by the sign bit of x, which is nowhere −0.0. In integers, a third of copysign's time."""
+    kind, sign_bit, one = _BITS[out.dtype]
+    if out.dtype == x.dtype:
+        bits = torch.bitwise_and(x.view(kind), sign_bit, out=out.view(kind))
+    else:
+        bits = out.copy_(x).view(kind).bitwise_and_(sign_bit)
+    bits.bitwise_or_(one)
+    return out
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, betas: Tensor, window: Window) -> Tensor:
-    """Σ g·X̂ over all windows, which are quantised once more."""
-    total, start = torch.zeros_like(weight), 0
-    for part in _chunks(_padded_image(x, window), betas, window):
-        quantised = _quantised(*part, known=len(betas)).to(grad.dtype)
-        g = grad[start : start + len(quantised)]
-        total += torch.nn.grad.conv2d_weight(quantised, weight.shape, g, window.kernel, 0, 1, window.groups)
-        start += len(quantised)
+    """Σ g·X̂ over all windows, whose planes are computed once more."""
+    image = _padded_image(x, window)
+    signs = sign(image)
+    by_group = _by_group(grad, window)
+
+    def scaled(i: int, rows: slice) -> Tensor:
+        return _channels_first((by_group[rows] * betas[i, rows, ..., None]).flatten(3)).to(grad.dtype)
+
+    values = _channels_first(signs).to(grad.dtype)
+    every = slice(None)
+    total = conv2d_weight(
+        values, weight.shape, scaled(0, every), window.stride, 0, window.dilation, window.groups
+    ).float()
+    for rows, i, plane in _later_planes(image, signs, betas, window, grad.dtype, known=len(betas)):
+        total += conv2d_weight(plane, weight.shape, scaled(i, rows), window.kernel, 0, 1, window.groups)
     return total
 
 
@@ -155,21 +196,28 @@ def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, window: Window) -> 
     top, left, bottom, right = window.padding
     shape = (*x.shape[:2], x.shape[2] + top + bottom, x.shape[3] + left + right)
     filters = weight.to(grad.dtype)
-    padded = torch.nn.grad.conv2d_input(shape, filters, grad, window.stride, 0, window.dilation, window.groups)
+    padded = conv2d_input(shape, filters, grad, window.stride, 0, window.dilation, window.groups)
     return padded[..., top : top + x.shape[2], left : left + x.shape[3]].float()
 
 
 def _mean_scales(betas: Tensor, x: Tensor, window: Window) -> Tensor:
-    """The scales of a value on average over the windows that hold it: betas[K,N,HO,1,WO,1,G,1] → [K,N,C or 1,H,W]."""
+    """The scales of a value on average over the windows that hold it: betas[K,N,HO,WO,G] → [K,N,C or 1,H,W]."""
     height, width = x.shape[2:]
     top, left, bottom, right = window.padding
-    maps = betas.flatten(2, 3).flatten(3, 4)[..., 0].permute(0, 1, 4, 2, 3)  # [K,N,G,HO,WO]
-    ones = betas.new_ones((1, 1, *window.kernel))
-    stacked = torch.cat([maps.flatten(0, 2)[:, None], maps.new_ones((1, 1, *maps.shape[3:]))])
-    spread = F.conv_transpose2d(stacked, ones, None, window.stride, 0, 0, 1, window.dilation)
-    # Rows and columns behind the last window get the zeros that they would have got from it.
-    beyond = (top + height + bottom - spread.shape[2], left + width + right - spread.shape[3])
-    spread = F.pad(spread, (0, beyond[1], 0, beyond[0]))[:, 0, top : top + height, left : left + width]
+    sums = torch.cat([betas.movedim(4, 2).flatten(0, 2), betas.new_ones((1, *betas.shape[2:4]))])
+    for axis, extent in ((1, top + height + bottom), (2, left + width + right)):
+        spread = sums.new_zeros((*sums.shape[:axis], extent, *sums.shape[axis + 1 :]))
+        for tap in range(window.kernel[axis - 1]):
+            spread[_tap(extent, axis, tap, window)] += sums
+        sums = spread
+    sums = sums[:, top : top + height, left : left + width]
     # Where no window reaches there is no gradient either.
-    means = (spread[:-1] / spread[-1].clamp(min=1)).unflatten(0, maps.shape[:3])
+    means = (sums[:-1] / sums[-1].clamp(min=1)).unflatten(0, (*betas.shape[:2], window.groups))
     return means if window.groups == 1 else means.repeat_interleave(x.shape[1] // window.groups, 2)
+
+
+def _tap(extent: int, axis: int, tap: int, window: Window) -> tuple[slice, ...]:
+    """What one row (axis 1) or column (axis 2) of all windows covers of an image of that extent."""
+    taps, step, spread = window.kernel[axis - 1], window.stride[axis - 1], window.dilation[axis - 1]
+    covered = (extent - spread * (taps - 1) - 1) // step * step + 1
+    return (*[slice(None)] * axis, slice(tap * spread, tap * spread + covered, step))

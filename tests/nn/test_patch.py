@@ -142,3 +142,14 @@ def test_bfloat16_under_autocast_has_the_planes_of_float32() -> None:
     assert grad_x.dtype == grad_weight.dtype == torch.float32
     for found, exact in zip((y.float(), grad_x, grad_weight), expected, strict=True):
         assert (found - exact).abs().max() <= 0.02 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_residual_of_zero_has_the_sign_plus(dtype: torch.dtype) -> None:
+    """1, 2, 3 with β_1 = 2 leave −1, 0, 1, of which β_2 = 2/3 makes −2/3, 2/3, 2/3; negated, they leave 1, 0, −1."""
+    x = torch.tensor([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1) * torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1)
+    weight = torch.eye(3).reshape(3, 3, 1, 1)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        y = patch_conv2d(x, weight, None, 2, "residual", Window((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1))
+    expected = torch.tensor([[4 / 3, 8 / 3, 8 / 3], [-4 / 3, -4 / 3, -8 / 3]])
+    torch.testing.assert_close(y.flatten(1).float(), expected, rtol=1e-2, atol=0)
