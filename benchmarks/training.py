@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from horq_tvm import zoo
+from horq_tvm.cli import options
 from horq_tvm.cli.show import write_json
-from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.nn import keep_freed_memory
 from horq_tvm.specs import SCALES
 from horq_tvm.timing import interleaved
+
+from . import arguments
+from .command import execute
 
 Record = dict[str, Any]
 
@@ -45,7 +47,7 @@ def step(network: str, order: zoo.Order, scale: str, batch: int, bf16: bool) -> 
     return run
 
 
-def measure(network: str, orders: list[int], batch: int, bf16: bool, seconds: float) -> list[Record]:
+def measure(network: str, orders: Sequence[int], batch: int, bf16: bool, seconds: float) -> list[Record]:
     """One record a variant: float, binary weights, and every order with every scale."""
     variants: list[tuple[zoo.Order, str | None]] = [("float", None), ("bw", None)]
     variants += [(order, scale) for order in orders for scale in SCALES]
@@ -76,34 +78,37 @@ def table(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="resnet20")
-    parser.add_argument("--orders", default="1,2", help="comma-separated (default: 1,2)")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--bf16", action="store_true", help="autocast convolutions to bfloat16")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each variant at least (default: 2)")
-    parser.add_argument("--json", type=Path, help="a list of records; - is standard output")
-    given = parser.parse_args(argv)
-    try:
-        orders = [int(part) for part in given.orders.split(",")]
-    except ValueError:
-        parser.error(f"--orders {given.orders}; accepted: integers with commas between")
-    if given.threads < 1 or given.batch < 1:
-        parser.error(f"--threads {given.threads} --batch {given.batch}; accepted: 1 or more")
+def parser() -> options.Parser:
+    """The command line: what the other benchmarks have of it, and --bf16."""
+    top = options.Parser(prog="python -m benchmarks.training", description=(__doc__ or "").split("\n\n")[0])
+    top.add_argument("--network", default="resnet20", help=f"{', '.join(zoo.NETWORKS)} (default: resnet20)")
+    top.add_argument("--orders", type=arguments.orders, default=(1, 2), metavar="1,2", help="planes K (default: 1,2)")
+    top.add_argument("--batch", type=arguments.count, default=64, metavar="N", help="images a step (default: 64)")
+    top.add_argument("--bf16", action="store_true", help="autocast convolutions to bfloat16")
+    top.add_argument(
+        "--seconds", type=arguments.seconds, default=2.0, metavar="S", help="how long to time each variant (default: 2)"
+    )
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options.add_threads_option(top)
+    options.add_json_option(top)
+    return top
+
+
+def run(given: argparse.Namespace) -> None:
+    """Measure, print the table, write the records."""
+    zoo.architecture(given.network)  # a mistake is told before the work
     keep_freed_memory()
     torch.set_num_threads(given.threads)
-    try:
-        records = measure(given.network, orders, given.batch, given.bf16, given.seconds)
-        if given.json:
-            write_json(str(given.json), records)
-        if str(given.json) != "-":
-            print(table(records))
-    except HorqError as error:
-        print(f"benchmarks.training: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
+    records = measure(given.network, given.orders, given.batch, given.bf16, given.seconds)
+    if given.json is not None:
+        write_json(given.json, records)
+    if given.json != "-":
+        print(table(records))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 1 the work failed, 2 the call was mistaken."""
+    return execute("training", parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -53,10 +53,15 @@ def test_a_step_moves_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (["--orders", "0"], "benchmarks.training: order 0; accepted are 1 to 8"),
-        (["--network", "lenet"], "benchmarks.training: network 'lenet'; accepted: mnist"),
+        (["--orders", "0"], "found '0'; accepted: orders from 1 to 8, as in 1,2"),
+        (["--network", "lenet"], "network 'lenet'; accepted: mnist"),
+        (["--batch", "0"], "found '0'; accepted: a number from 1"),
+        (["--seconds", "soon"], "found 'soon'; accepted: a number of seconds above 0"),
     ],
 )
 def test_mistakes(call: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert training.main([*call, "--json", "-"]) == 2
-    assert capsys.readouterr().err.startswith(message)
+    captured = capsys.readouterr()
+    assert captured.err.startswith("benchmarks.training: error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
