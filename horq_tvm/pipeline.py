@@ -16,10 +16,11 @@ from .relay_passes.pack_int8 import Int8Target, PackInt8
 from .relay_passes.pack_weights import PackWeights
 from .relay_passes.quantize_rest import QuantizeRest
 from .relay_passes.rewrite_layers import RewriteLayers
-from .relay_passes.schedule_kernels import ScheduleKernels
+from .relay_passes.schedule_kernels import Choose, ScheduleKernels
 from .relay_passes.sink_reshapes import SinkReshapes
 from .relay_passes.to_nhwc import ToNHWC
 from .schedules import int8, layout, tile
+from .schedules.decisions import by_default
 from .schedules.legalize import LEGALIZE
 from .specs import LayerConfig
 from .targets import Target
@@ -69,14 +70,18 @@ def optimise(target: Target) -> tvm.transform.Pass:
     )
 
 
-def lower(target: Target) -> tvm.transform.Pass:
-    """Every op and group as one TensorIR function with the target's schedule."""
+def kernels() -> tvm.transform.Pass:
+    """Every op and group as one TensorIR function, the algorithm alone: what a tuner takes up."""
     return tvm.transform.Sequential(
         [
             relax.transform.LegalizeOps(dict(LEGALIZE)),
             relax.transform.FuseTIR(),
             relax.transform.DeadCodeElimination(["main"]),
-            ScheduleKernels(target),
         ],
-        name="lower",
+        name="kernels",
     )
+
+
+def lower(target: Target, choose: Choose = lambda _func: by_default) -> tvm.transform.Pass:
+    """Every op and group as one TensorIR function with the target's schedule; `choose` says with what parameters."""
+    return tvm.transform.Sequential([kernels(), ScheduleKernels(target, choose)], name="lower")

@@ -1,8 +1,8 @@
-"""ScheduleKernels: every PrimFunc gets its target's schedule, default parameters chosen by the analytic model."""
+"""ScheduleKernels: every PrimFunc gets its target's schedule, with parameters from a tuner or the analytic model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import tvm
@@ -11,8 +11,14 @@ from tvm import relax, s_tir, tirx
 from horq_tvm.emit.plan import IN_PLACE
 from horq_tvm.errors import HorqError
 from horq_tvm.schedules import blocks
+from horq_tvm.schedules.decisions import Decide, by_default
 from horq_tvm.straightline import Writer, op_name, read_main
 from horq_tvm.targets import Target
+
+Choose = Callable[[tirx.PrimFunc], Decide]
+"""Who decides what the rule of a kernel, not yet scheduled, leaves open."""
+
+RULE = "horq.rule"  # the attribute that names the rule which took a kernel
 
 # Rules whose schedules touch each element of an operand of the output's shape once, right where they write it.
 ELEMENTWISE_RULES = frozenset({"direct_convolution", "elementwise"})
@@ -26,18 +32,18 @@ class ScheduleKernels:
     plan owns them: a kernel that allocates does not belong on a small device.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, choose: Choose = lambda _func: by_default) -> None:
         self.target = target
+        self.choose = choose
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
-        rules = _rules(self.target)
         extra: dict[tvm.ir.GlobalVar, _Hoisted] = {}
         updated = dict(mod.functions_items())
         for gvar, func in mod.functions_items():
             if not isinstance(func, tirx.PrimFunc):
                 continue
-            scheduled, rule = _schedule(func, self.target, rules)
-            scheduled = scheduled.with_attr("horq.rule", rule)
+            scheduled = schedule(func, self.target, self.choose(func))
+            rule = str(scheduled.attrs[RULE])
             if rule in ELEMENTWISE_RULES and (pairs := blocks.in_place(scheduled)):
                 scheduled = scheduled.with_attr(IN_PLACE, pairs)
             if rule == "plain" and scheduled.body.block.alloc_buffers:
@@ -57,14 +63,16 @@ def _rules(target: Target) -> tuple:
     raise HorqError(f"target {target.name}: there are no schedules for the family {target.family!r}; accepted: x86")
 
 
-def _schedule(func: tirx.PrimFunc, target: Target, rules: tuple) -> tuple[tirx.PrimFunc, str]:
+def schedule(func: tirx.PrimFunc, target: Target, decide: Decide = by_default) -> tirx.PrimFunc:
+    """The function under the first rule that takes it; the attribute `horq.rule` says which. HorqError: none does."""
     attrs = dict(func.attrs) if func.attrs else {}
-    for rule in rules:
-        schedule = rule(func, target)
-        if schedule is not None:
+    for rule in _rules(target):
+        found = rule(func, target, decide)
+        if found is not None:
             # A block moved to other axes reads its operands at unsimplified indices, whose range TVM overestimates.
-            (scheduled,) = tirx.transform.StmtSimplify()(schedule.mod).functions.values()
-            return scheduled.with_attrs({k: v for k, v in attrs.items() if k != "global_symbol"}), rule.__name__
+            (scheduled,) = tirx.transform.StmtSimplify()(found.mod).functions.values()
+            kept = {k: v for k, v in attrs.items() if k != "global_symbol"}
+            return scheduled.with_attrs({**kept, RULE: rule.__name__})
     raise HorqError(f"no schedule rule of the family {target.family} takes this kernel:\n{func.script()}")
 
 

@@ -27,6 +27,7 @@ from horq_tvm.ops.int8 import ACTIVATION_DTYPE, ELEMENTS, WEIGHT_DTYPE, Activati
 from horq_tvm.targets import Target
 
 from . import blocks
+from .decisions import Decide, by_default
 
 FAMILIES = frozenset({"x86"})
 LEAST_LANES = 4  # 128 bits of int32: the narrowest vector of both instructions
@@ -280,7 +281,7 @@ def from_sums(sums: te.Tensor, factor: te.Tensor, channels: int) -> te.Tensor:
 # --- Schedules --------------------------------------------------------------------------------------------------------
 
 
-def quantisation(func: tirx.PrimFunc, _target: Target) -> s_tir.Schedule | None:
+def quantisation(func: tirx.PrimFunc, _target: Target, _decide: Decide = by_default) -> s_tir.Schedule | None:
     """Rows in parallel; what a row is made of is written out already."""
     sch = s_tir.Schedule(func)
     kernel = blocks.Kernel.of(sch).blocks

@@ -31,7 +31,8 @@ from tvm.script.ir_builder import tirx as T
 from horq_tvm.ops import Geometry
 
 from . import blocks
-from .tile import STACK_BYTES, Loop, Tile, rows
+from .decisions import Decide, by_default
+from .tile import STACK_BYTES, Loop, Tile, decided, rows
 
 MAX_STEPS = 63  # nibbles that a byte can count: 4 bits each, 63·4 = 252
 MAX_ROW = (1 << 16) - 1  # elements of a row that a 16-bit sum can count
@@ -177,7 +178,7 @@ def _axes(kind, extents: Sequence[int], loops: Sequence[tirx.Var]) -> tuple[tirx
 # --- The schedule -----------------------------------------------------------------------------------------------------
 
 
-def choose(loop: Loop) -> Tile:
+def choose(loop: Loop, decide: Decide = by_default) -> Tile:
     """The tile with the least work a look-up whose byte sums, split weights and a table row fit the registers."""
     found = [
         Tile(px, q, rows(loop.height))
@@ -186,9 +187,7 @@ def choose(loop: Loop) -> Tile:
         for px in range(1, loop.width + 1)
         if px * q + 2 * q + 3 <= loop.registers and max(px * q * 2, q * 4) * loop.lanes < STACK_BYTES
     ]
-    if not found:
-        return Tile(1, loop.q_multiple, rows(loop.height))
-    return min(found, key=lambda tile: _score(loop.width, tile))
+    return decided(loop, found, lambda tile: _score(loop.width, tile), decide)
 
 
 def _score(width: int, tile: Tile) -> float:

@@ -8,8 +8,11 @@ the latency of the instruction that feeds them; the smallest score wins.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
+
+from .decisions import Decide, by_default
 
 STACK_BYTES = 1024  # TVM keeps a buffer on the stack, and LLVM in registers, only below this
 CHUNKS = 8  # chunks of rows a thread pool can share out evenly
@@ -66,12 +69,24 @@ def score(loop: Loop, tile: Tile) -> float:
     return waste * ragged * max(latency, loads) + 0.5 * loads + 0.01 / accumulators
 
 
-def choose(loop: Loop) -> Tile:
-    """The default tile. There always is one: a single pixel times the smallest allowed q."""
-    fitting = candidates(loop)
-    if not fitting:
-        return Tile(1, loop.q_multiple, rows(loop.height))
-    return min(fitting, key=lambda tile: score(loop, tile))
+def choose(loop: Loop, decide: Decide = by_default) -> Tile:
+    """The tile that `decide` takes; by default that of the smallest score."""
+    return decided(loop, candidates(loop), lambda tile: score(loop, tile), decide)
+
+
+def decided(loop: Loop, fitting: Sequence[Tile], cost: Callable[[Tile], float], decide: Decide) -> Tile:
+    """One of the tiles, the cheapest by default. There always is one: a single pixel times the smallest allowed q."""
+    fitting = fitting or [Tile(1, loop.q_multiple, rows(loop.height))]
+    best = min(fitting, key=cost)
+    q = decide("q", sorted({tile.q for tile in fitting}), best.q)
+    as_wide = [tile for tile in fitting if tile.q == q]
+    px = decide("px", [tile.px for tile in as_wide], min(as_wide, key=cost).px)
+    return Tile(px, q, decide("rows", _units(loop.height, best.rows), best.rows))
+
+
+def _units(height: int, default: int) -> list[int]:
+    """Rows to a unit of parallel work: what a thread takes at a time, and how long a tile's weights stay."""
+    return sorted({default, *(r for r in (1, 2, 4, 8, 16, height) if r <= height)})
 
 
 def lanes(filters: int, groups: int, vector_bits: int) -> int:

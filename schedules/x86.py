@@ -1,4 +1,7 @@
-"""Schedule rules for x86. Each takes a PrimFunc and returns its schedule, or None: not mine. First match wins."""
+"""Schedule rules for x86. Each takes a PrimFunc and returns its schedule, or None: not mine. First match wins.
+
+What a rule leaves open it asks of `decide`: by default the analytic model's choice, else a tuner's (decisions.py).
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,23 @@ from tvm import s_tir, tirx
 from horq_tvm.targets import Target
 
 from . import blocks, int8, nibble
+from .decisions import Decide, by_default
 from .tile import Loop, Tile, choose
 
-Rule = Callable[[tirx.PrimFunc, Target], "s_tir.Schedule | None"]
+Rule = Callable[[tirx.PrimFunc, Target, Decide], "s_tir.Schedule | None"]
 
 ACCUMULATIONS = ("popcount", "flush", "multiply", "dot")
+ORDERS = ("channels", "pixels")
+SQUARES = (8, 16, 32)
+UNITS = ("row", "pixel")  # of a binarisation by itself: what a thread takes at a time
+UNROLL = ("none", "row")
+MAX_UNROLLED_WINDOW = 16
+UNROLLED_BODIES = 200  # more of them and the loop no longer fits the instruction cache
 TRANSPOSE = 16  # elements along each side of a transposed square: a cache line
 PARALLEL_WORK = 1 << 16  # inner operations under which sharing a kernel out costs more than it brings
 
 
-def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
+def direct_convolution(func: tirx.PrimFunc, target: Target, decide: Decide = by_default) -> s_tir.Schedule | None:
     """Bitserial and float convolutions with their epilogue, and the next layer's planes, in one tile nest."""
     sch = s_tir.Schedule(func)
     kernel = blocks.Kernel.of(sch)
@@ -45,7 +55,7 @@ def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | 
         q_multiple=max(1, 32 // lanes) if packs else 1,
         per_step=0.75 if popcount else 0.5,
     )
-    tile = nibble.choose(loop) if in_bytes else choose(loop)
+    tile = nibble.choose(loop, decide) if in_bytes else choose(loop, decide)
     work = nibble.work(sch, reductions[0]) if in_bytes else blocks.work(sch, reductions[0])
 
     n, y, x, *f = sch.get_loops(master)
@@ -57,21 +67,28 @@ def direct_convolution(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | 
         fo, fq = sch.split(fo, [None, tile.q])
     xo, xi = sch.split(x, [None, tile.px])
     yo, yi = sch.split(y, [None, tile.rows])
-    sch.reorder(n, yo, g, fo, yi, xo, xi, fq, fv)
+    # A tile's channels stay while it walks over the rows of a unit, or all channels are done at a tile's pixels.
+    by_channel = decide("order", ORDERS, ORDERS[0]) == ORDERS[0]
+    sch.reorder(n, yo, g, *((fo, yi, xo) if by_channel else (yi, xo, fo)), xi, fq, fv)
+    at = xo if by_channel else fo
     if width % tile.px:
         sch.annotate(xo, "pragma_loop_partition_hint", 1)
     if channels % (groups * tile.q * lanes):
         sch.annotate(fo, "pragma_loop_partition_hint", 1)
     outer = sch.fuse(n, yo)
     if work >= PARALLEL_WORK:
-        sch.parallel(outer if int(sch.get(outer).extent) > 1 else g if groups > 1 else fo)
+        sch.parallel(outer if int(sch.get(outer).extent) > 1 else g if groups > 1 or not by_channel else fo)
+    unroll = 1 if in_bytes else decide("unroll", _unrolls(sch, reductions[0], tile), 1)
     for block in reductions:
-        (nibble.accumulate if in_bytes else _accumulate)(sch, block, xo)
+        if in_bytes:
+            nibble.accumulate(sch, block, at)
+        else:
+            _accumulate(sch, block, at, unroll)
     blocks.vectorize(sch, fv)
     sch.unroll(xi)
     sch.unroll(fq)
     for block in followers:
-        _follow(sch, block, xi if in_bytes else xo, tile, lanes)  # byte lanes: a tile of floats is too large
+        _follow(sch, block, xi if in_bytes else at, tile, lanes)  # byte lanes: a tile of floats is too large
     return sch
 
 
@@ -95,11 +112,22 @@ def _by_group(sch: s_tir.Schedule, master: s_tir.SBlockRV, per_group: int, lanes
     return loops if blocks_of_group > 1 else [*loops[:4], sch.add_unit_loop(loops[4]), loops[4]]
 
 
-def _accumulate(sch: s_tir.Schedule, block: s_tir.SBlockRV, at: s_tir.LoopRV) -> None:
+def _unrolls(sch: s_tir.Schedule, block: s_tir.SBlockRV, tile: Tile) -> list[int]:
+    """How many steps of the innermost reduction may stand in a row: they divide it, and the code stays small."""
+    innermost = int(sch.get(sch.get_loops(block)[-1]).extent)
+    return [u for u in (1, 2, 3, 4, 8) if u == 1 or (innermost % u == 0 and u * tile.px * tile.q <= UNROLLED_BODIES)]
+
+
+def _accumulate(sch: s_tir.Schedule, block: s_tir.SBlockRV, at: s_tir.LoopRV, unroll: int) -> None:
     """One plane's (or the float) reduction inside a tile: pixels and vectors unrolled, lanes vectorised."""
     sch.compute_at(block, at, preserve_unit_loops=True)
     _, _, x, _, b, v, ry, rx, rc = sch.get_loops(block)[-9:]
-    sch.reorder(ry, rx, rc, x, b, v)
+    if unroll > 1:
+        rc, step = sch.split(rc, [None, unroll])
+        sch.reorder(ry, rx, rc, step, x, b, v)
+        sch.unroll(step)
+    else:
+        sch.reorder(ry, rx, rc, x, b, v)
     blocks.vectorize(sch, v)  # before the reduction is split: afterwards neither half is a reduction to TVM
     sch.unroll(x)
     sch.unroll(b)
@@ -124,7 +152,7 @@ def _follow(sch: s_tir.Schedule, block: s_tir.SBlockRV, at: s_tir.LoopRV, tile: 
     blocks.vectorize(sch, fv)
 
 
-def window_reduction(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
+def window_reduction(func: tirx.PrimFunc, target: Target, decide: Decide = by_default) -> s_tir.Schedule | None:
     """Depthwise convolution, pooling and means over space: channels last and untouched, so they are the vector."""
     sch = s_tir.Schedule(func)
     reductions = blocks.Kernel.of(sch).reductions
@@ -140,8 +168,9 @@ def window_reduction(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | No
     spatial = loops[: len(blocks.spatial_extents(sch, master))]
     *outer, c = spatial
     channels = int(sch.get(c).extent)
-    co, cv = sch.split(c, [None, min(lanes, channels)])
-    if channels % min(lanes, channels):
+    lanes = decide("lanes", _lanes(lanes, channels), min(lanes, channels))
+    co, cv = sch.split(c, [None, lanes])
+    if channels % lanes:
         sch.annotate(co, "pragma_loop_partition_hint", 1)
     top = sch.fuse(*outer) if outer else co
     if blocks.work(sch, reduction) >= PARALLEL_WORK and outer:
@@ -157,12 +186,21 @@ def window_reduction(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | No
         reduced = sch.get_loops(reduction)[-(len(loops) - len(spatial)) :]
     sch.reorder(*reduced, cv)
     blocks.vectorize(sch, cv)
+    last = reduced[-1]
+    if decide("unroll", UNROLL if int(sch.get(last).extent) <= MAX_UNROLLED_WINDOW else UNROLL[:1], UNROLL[0]) == "row":
+        sch.unroll(last)
     init = sch.decompose_reduction(reduction, reduced[0])
     blocks.vectorize(sch, sch.get_loops(init)[-1])
     return sch
 
 
-def packing(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
+def _lanes(widest: int, channels: int) -> list[int]:
+    """Channels side by side: a vector of the target, half of one, or several that take turns in the window's loops."""
+    offered = {min(widest, channels), *(v for v in (widest // 2, widest, 2 * widest, 4 * widest) if 1 < v <= channels)}
+    return sorted(offered)
+
+
+def packing(func: tirx.PrimFunc, target: Target, decide: Decide = by_default) -> s_tir.Schedule | None:
     """A binarisation by itself, with what comes before it computed word by word."""
     sch = s_tir.Schedule(func)
     kernel = blocks.Kernel.of(sch)
@@ -171,12 +209,12 @@ def packing(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
         return None
     for block in blocks.inline_elementwise(sch):
         if blocks.packs(sch, block):
-            n, y, *_ = sch.get_loops(block)
-            outer = sch.fuse(n, y)
+            n, y, x, *_ = sch.get_loops(block)
+            outer = sch.fuse(n, y, x) if decide("unit", UNITS, UNITS[0]) == "pixel" else sch.fuse(n, y)
             if blocks.work(sch, block) * 32 >= PARALLEL_WORK:
                 sch.parallel(outer)
         elif blocks.writes_output(sch, block):
-            _map(sch, block, target)
+            _map(sch, block, target, decide)
         elif len(packs) == 1:
             sch.compute_at(block, sch.get_loops(packs[0])[-1])
             blocks.vectorize(sch, sch.get_loops(block)[-1])
@@ -185,18 +223,18 @@ def packing(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
     return sch
 
 
-def elementwise(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
+def elementwise(func: tirx.PrimFunc, target: Target, decide: Decide = by_default) -> s_tir.Schedule | None:
     """Maps, pads, transposes, concatenations: rows in parallel, the last axis in vectors."""
     sch = s_tir.Schedule(func)
     kernel = blocks.Kernel.of(sch)
     if kernel.reductions or any(blocks.packs(sch, b) for b in kernel.blocks):
         return None
     for block in blocks.inline_elementwise(sch):
-        _map(sch, block, target)
+        _map(sch, block, target, decide)
     return sch
 
 
-def _map(sch: s_tir.Schedule, block: s_tir.SBlockRV, target: Target) -> None:
+def _map(sch: s_tir.Schedule, block: s_tir.SBlockRV, target: Target, decide: Decide) -> None:
     """One elementwise block: outer axes fused and parallel, inner axis in vectors where it divides."""
     loops = sch.get_loops(block)
     if not loops:
@@ -205,11 +243,12 @@ def _map(sch: s_tir.Schedule, block: s_tir.SBlockRV, target: Target) -> None:
     extent, lanes = int(sch.get(last).extent), target.vector_bits // 32
     source = blocks.source_of_last_axis(sch, block)
     if source is not None and extent >= lanes:
-        _transpose(sch, block, source)
+        _transpose(sch, block, source, decide("square", SQUARES, TRANSPOSE))
         return
     # A block with loops of its own (the means of an image) has vectors of its own.
     if extent % lanes == 0 and isinstance(sch.get(block).body, tirx.BufferStore):
-        rest, inner = sch.split(last, [None, lanes])
+        wide = [v for v in (lanes, 2 * lanes, 4 * lanes) if extent % v == 0]
+        rest, inner = sch.split(last, [None, decide("lanes", wide, lanes)])
         sch.vectorize(inner)
         outer = outer or [rest]
     if outer:
@@ -218,12 +257,12 @@ def _map(sch: s_tir.Schedule, block: s_tir.SBlockRV, target: Target) -> None:
             sch.parallel(top)
 
 
-def _transpose(sch: s_tir.Schedule, block: s_tir.SBlockRV, source: int) -> None:
+def _transpose(sch: s_tir.Schedule, block: s_tir.SBlockRV, source: int, side: int) -> None:
     """A map that reads along loop `source` and writes along the last one, by squares that stay in the first cache."""
     loops = sch.get_loops(block)
     read, written = loops[source], loops[-1]
-    ro, ri = sch.split(read, [None, min(TRANSPOSE, int(sch.get(read).extent))])
-    wo, wi = sch.split(written, [None, min(TRANSPOSE, int(sch.get(written).extent))])
+    ro, ri = sch.split(read, [None, min(side, int(sch.get(read).extent))])
+    wo, wi = sch.split(written, [None, min(side, int(sch.get(written).extent))])
     outer = [ro if loop.same_as(read) else loop for loop in loops[:-1]]
     sch.reorder(*outer, wo, ri, wi)
     sch.vectorize(wi)
@@ -232,7 +271,7 @@ def _transpose(sch: s_tir.Schedule, block: s_tir.SBlockRV, source: int) -> None:
         sch.parallel(top)
 
 
-def plain(func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
+def plain(func: tirx.PrimFunc, _target: Target, _decide: Decide = by_default) -> s_tir.Schedule | None:
     """Whatever is left (softmax, a product of two activations, bits of odd widths): loops as they are, rows parallel.
 
     Intermediate tensors stay; `ScheduleKernels` hands them in from outside.
