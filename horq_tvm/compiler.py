@@ -165,7 +165,7 @@ class _Session:
         activations = calibrated.activations if calibrated else {}
         records = tuple(_record(layer, choices[layer.name], configs.get(layer.name), self.rest) for layer in found)
         manifest = Manifest(self.imported.inputs, self._outputs(rewritten), layers=records)
-        rewritten = pipeline.quantize_rest(activations)(rewritten)
+        rewritten = pipeline.quantize_rest(activations, self.imported.weight_scales)(rewritten)
         compiled = emit(rewritten, self.target, manifest, self.say)
         if calibrated:
             compiled = self._judge_rest(compiled, rewritten, manifest, calibrated)
@@ -187,14 +187,15 @@ class _Session:
         here = compiled if self.host == self.target else emit(module, self.host, manifest, self.say)
         result = agreement.compare(here.load(), calibrated.float_rest, self.data)
         cosine = "undefined" if result.cosine is None else f"{result.cosine:.4f}"
-        if self.data is None:
+        if self.data is None and (guessed := len(calibrated.activations) - calibrated.own):
             warnings.warn(
-                f"{len(calibrated.activations)} layers run in int8 on the ranges of {result.inputs}: on these, top-1"
+                f"{guessed} layers run in int8 on the ranges of {result.inputs}: on these, top-1"
                 f" agrees with a float32 rest on {result.agreement:.0%}, cosine of the outputs {cosine}; calibration"
                 " data gives the ranges of real inputs",
                 stacklevel=4,
             )
-        found = {"calibration": result.inputs, "agreement": result.agreement, "cosine": result.cosine}
+        source = calibrated.describe(result.inputs)
+        found = {"calibration": source, "agreement": result.agreement, "cosine": result.cosine}
         return replace(compiled, report={**compiled.report, "rest": found})
 
     def _outputs(self, rewritten: tvm.IRModule) -> tuple[TensorSpec, ...]:

@@ -18,11 +18,13 @@ from .relay_passes.quantize_rest import QuantizeRest
 from .relay_passes.rewrite_layers import RewriteLayers
 from .relay_passes.schedule_kernels import Choose, ScheduleKernels
 from .relay_passes.sink_reshapes import SinkReshapes
+from .relay_passes.spell_fake_quantize import SpellFakeQuantize
 from .relay_passes.to_nhwc import ToNHWC
 from .schedules import int8, layout, tile
 from .schedules.decisions import by_default
 from .schedules.legalize import LEGALIZE
 from .specs import LayerConfig
+from .straightline import Array
 from .targets import Target
 
 
@@ -45,9 +47,13 @@ def rewrite(configs: Mapping[str, LayerConfig], taps: Sequence[str] = ()) -> tvm
     )
 
 
-def quantize_rest(activations: Mapping[str, Activation]) -> tvm.transform.Pass:
-    """Float layers whose inputs were calibrated as int8 layers."""
-    return tvm.transform.Sequential([QuantizeRest(activations)], name="quantize_rest")
+def quantize_rest(
+    activations: Mapping[str, Activation], weight_scales: Mapping[str, Array] | None = None
+) -> tvm.transform.Pass:
+    """Float layers whose inputs were calibrated, or are quantised by the model itself, as int8 layers."""
+    return tvm.transform.Sequential(
+        [QuantizeRest(activations, weight_scales), relax.transform.DeadCodeElimination(["main"])], name="quantize_rest"
+    )
 
 
 def optimise(target: Target) -> tvm.transform.Pass:
@@ -63,6 +69,7 @@ def optimise(target: Target) -> tvm.transform.Pass:
                 lanes,
                 lambda filters, groups, row: layout.bitserial(target, filters, groups, row),
             ),
+            SpellFakeQuantize(),
             SinkReshapes(),
             FuseEpilogue(),
         ],

@@ -1,6 +1,6 @@
 """Images of bytes: what a network does to its pixels before the first layer, as one factor and addend a channel.
 
-    x = fl32(p) followed by additions, multiplications and divisions by constants = a_c·p + b_c
+    x = p followed by additions, multiplications and divisions by constants = a_c·p + b_c
 
 An int8 layer that reads x can read p itself: x = a_c·(p − z_c) with z_c = −b_c / a_c, so that a_c belongs to its
 weights and z_c is a zero point. An integer z_c (a subtracted mean of 127, pixels divided by 255) costs nothing; of any
@@ -67,6 +67,9 @@ def pixels_of(program: Program, x: relax.Expr) -> Pixels | None:
     while isinstance(x, relax.Var) and (value := program.values.get(x)) is not None:
         if op_name(value) == "relax.astype":
             (source,) = value.args
+            if str(source.ty.dtype.dtype) == "int32":
+                x = source
+                continue
             byte = isinstance(source, relax.Var) and str(source.ty.dtype.dtype) == "uint8"
             invertible = np.isfinite(factor).all() and np.isfinite(addend).all() and factor.all()
             return Pixels(source, planar, factor, addend) if byte and invertible else None
@@ -81,7 +84,8 @@ def pixels_of(program: Program, x: relax.Expr) -> Pixels | None:
 def _step(value: relax.Expr, channels: int, *, planar: bool) -> tuple[relax.Expr, Vector, Vector] | None:
     """An elementwise operator as (its operand, factor, addend), None for one that is not affine in one operand."""
     name, ones, zeros = op_name(value), np.ones(channels), np.zeros(channels)
-    if name not in ("relax.add", "relax.subtract", "relax.multiply", "relax.divide"):
+    integers = str(value.ty.dtype.dtype) == "int32"
+    if name not in ("relax.add", "relax.subtract", "relax.multiply", *(() if integers else ("relax.divide",))):
         return None
     left, right = (_vector(arg, channels, planar=planar) for arg in value.args)
     if right is not None:

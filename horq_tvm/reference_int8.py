@@ -8,7 +8,7 @@ Weights, by filter f: s_f = max|W_f| / 127, w = rint(W_f / s_f) in float64, so �
 
     S[n,f,y,x] = Σ (q − z)·w
 
-is exact: |S| ≤ L·255·127 < 2^31 is what `ops.int8.MAX_ROW` asks for. A padded position is q = z and adds nothing. The
+is exact: |S| ≤ L·255·128 < 2^31 is what `ops.int8.MAX_ROW` asks for. A padded position is q = z and adds nothing. The
 output is fl(s·s_f)·S in float32, s·s_f computed in float64 and rounded once; then bias and the rest, in float32.
 """
 
@@ -60,6 +60,18 @@ def quantize_weights(weight: Array) -> tuple[NDArray[np.int8], NDArray[np.float6
     largest = np.abs(flat).max(axis=1)
     scale = np.where(largest > 0, largest / WEIGHT_LEVELS, 1.0)
     return np.rint(flat / scale[:, None]).astype("int8").reshape(weight.shape), scale
+
+
+def on_grid(weight: Array, scale: Array) -> NDArray[np.int8] | None:
+    """The int8 w with weight [F, ...] = w·scale[F] but for rounding, None where there are none.
+
+    A model that was quantised brings both; quantised anew, a filter whose largest weight is not ±127 would change.
+    """
+    steps = weight.astype("float64") / scale.astype("float64").reshape(-1, *[1] * (weight.ndim - 1))
+    nearest = np.rint(steps)
+    if not np.isfinite(steps).all() or (np.abs(steps - nearest) > 1e-3).any():
+        return None
+    return nearest.astype("int8") if nearest.min() >= -128 and nearest.max() <= WEIGHT_LEVELS else None
 
 
 def factors(scale: float, weight_scale: Array) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ them, so that padding is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,19 +18,28 @@ from .layers import Layer
 from .manifest import Manifest
 from .ops.int8 import MAX_ROW, Activation
 from .relay_passes.expose_inputs import EXPOSED_INPUTS, ExposeInputs
+from .relay_passes.quantize_rest import FLOAT_LAYERS, own_activation
 from .runtime.loader import LoadedModel
 from .schedules.int8 import LEAST_LANES
 from .specs import TensorSpec
-from .straightline import fields_of, read_main
+from .straightline import fields_of, op_name, read_main
 from .targets import Target
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """`activations` by layer, and the model that they were read off: its rest in float32."""
+    """`activations` by layer, `own` of them the model's own, the others read off `float_rest`: its rest in float32."""
 
     activations: Mapping[str, Activation]
+    own: int
     float_rest: LoadedModel
+
+    def describe(self, inputs: str) -> str:
+        """Where the ranges come from, calibration being on `inputs`."""
+        if not self.own:
+            return inputs
+        others = f"; {inputs} for {len(self.activations) - self.own} more" if self.own < len(self.activations) else ""
+        return f"the model's own quantisation of {self.own} layers{others}"
 
 
 def reason_for_float32(layer: Layer) -> str | None:
@@ -58,6 +67,8 @@ def calibrate(
 ) -> Calibrated:
     """Runs the rewritten model on the calibration data, else on the random inputs that `agreement` compares on.
 
+    A layer whose input the model quantises itself keeps that.
+
     Raises:
         UsageError: the data does not fit the model's inputs.
         HorqError: a layer's input is not finite.
@@ -65,7 +76,8 @@ def calibrate(
     from .compiler import emit
 
     say("calibrating the int8 layers")
-    exposed = tvm.transform.Sequential([ExposeInputs(names)])(rewritten)
+    own = own_activations(rewritten, names)
+    exposed = tvm.transform.Sequential([ExposeInputs([name for name in names if name not in own])])(rewritten)
     results = fields_of(read_main(exposed).result)[len(outputs) :]
     specs = tuple(
         TensorSpec(f"input_{i}", tuple(int(e) for e in result.ty.shape), str(result.ty.dtype.dtype))
@@ -83,7 +95,19 @@ def calibrate(
         for readers, low, high in zip(exposed.attrs[EXPOSED_INPUTS], lows, highs, strict=True)
         for name in readers
     }
-    return Calibrated(activations, model)
+    return Calibrated(activations | own, len(own), model)
+
+
+def own_activations(rewritten: tvm.IRModule, names: Collection[str]) -> dict[str, Activation]:
+    """Of the layers of `names` those whose input the model quantises itself."""
+    program = read_main(rewritten)
+    found = {}
+    for _, value in program.bindings:
+        if op_name(value) in FLOAT_LAYERS and (name := str(value.attrs["name"])) in names:
+            activation = own_activation(program, value.args[0])
+            if activation is not None:
+                found[name] = activation
+    return found
 
 
 def _activation(name: str, low: float, high: float) -> Activation:

@@ -14,6 +14,7 @@ from horq_tvm.pixels import TO_NHWC, Pixels, pixels_of
 from horq_tvm.straightline import Array, Program, Writer, array_of, constant, op_name, read_main
 
 FLOAT_LAYERS = ("horq.conv2d", "horq.dense")
+MOVES = ("relax.permute_dims", "relax.reshape")
 
 
 @tvm.transform.module_pass(opt_level=0, name="QuantizeRest")
@@ -21,14 +22,16 @@ class QuantizeRest:
     """horq.conv2d and horq.dense of `activations` → horq.int8_conv2d and horq.int8_dense, weights in int8.
 
     A convolution of a normalised image of bytes reads the bytes (horq.int8_image): the normalisation is in its weights,
-    its zero points and an addend, and no range is needed.
+    its zero points and an addend, and no range is needed. A quantised model keeps its own integers: a layer behind a
+    horq.fake_quantize reads what that reads, and weights go on the grid of `weight_scales` (float [F] by layer).
 
     It comes after `FoldAffine`, so that a normalisation's factor is in the weights before these are rounded. Raises
     HorqError on a name that is no float layer of the module, or one whose weights are not constant.
     """
 
-    def __init__(self, activations: Mapping[str, Activation]) -> None:
+    def __init__(self, activations: Mapping[str, Activation], weight_scales: Mapping[str, Array] | None = None) -> None:
         self.activations = dict(activations)
+        self.weight_scales = dict(weight_scales or {})
 
     def transform_module(self, mod: tvm.IRModule, _context: Any) -> tvm.IRModule:
         program = read_main(mod)
@@ -47,7 +50,8 @@ class QuantizeRest:
                 elif (pixels := readable_pixels(program, value)) is not None:
                     writer.map(var, of_pixels(writer, value, pixels))
                 else:
-                    writer.bind(var, quantized(value, activation))
+                    scale = self.weight_scales.get(str(value.attrs["name"]))
+                    writer.bind(var, quantized(value, activation, unquantised(writer, program, value.args[0]), scale))
             return writer.finish(program.result)
 
 
@@ -89,10 +93,33 @@ def _weight(layer: tvm.relax.Call) -> Array:
     return weight
 
 
-def quantized(layer: tvm.relax.Call, activation: Activation) -> tvm.relax.Call:
-    """The int8 form of a float layer."""
-    name, x, weight = str(layer.attrs["name"]), layer.args[0], _weight(layer)
-    integers, weight_scale = reference_int8.quantize_weights(weight)
+def own_activation(program: Program, x: tvm.relax.Expr) -> Activation | None:
+    """How the model itself quantises `x`, None where it does not. It may be moved about after that."""
+    value = program.values.get(x) if isinstance(x, tvm.relax.Var) else None
+    if value is not None and op_name(value) in MOVES:
+        return own_activation(program, value.args[0])
+    return ops.byte_activation(value.attrs) if value is not None and op_name(value) == "horq.fake_quantize" else None
+
+
+def unquantised(writer: Writer, program: Program, x: tvm.relax.Expr) -> tvm.relax.Expr:
+    """`x` as it is before the model's own quantisation, `x` itself where there is none."""
+    if own_activation(program, x) is None:
+        return x
+    value = program.values[x]
+    if op_name(value) == "horq.fake_quantize":
+        return value.args[0]
+    source = unquantised(writer, program, value.args[0])
+    return writer.emit(tvm.relax.Call(value.op, [source, *value.args[1:]], value.attrs, list(value.ty_args)))
+
+
+def quantized(
+    layer: tvm.relax.Call, activation: Activation, x: tvm.relax.Expr, weight_scale: Array | None
+) -> tvm.relax.Call:
+    """The int8 form of a float layer that reads `x`."""
+    name, weight = str(layer.attrs["name"]), _weight(layer)
+    integers = None if weight_scale is None else reference_int8.on_grid(weight, weight_scale)
+    if integers is None or weight_scale is None:
+        integers, weight_scale = reference_int8.quantize_weights(weight)
     operands = (x, constant(integers), constant(reference_int8.factors(activation.scale, weight_scale)))
     if op_name(layer) == "horq.dense":
         return ops.int8_dense(*operands, name=name, activation=activation)

@@ -25,6 +25,7 @@ Axes = tuple[int, ...]
 UNARY = {
     *("abs", "astype", "ceil", "erf", "exp", "floor", "log", "negative", "round", "rsqrt", "sigmoid", "sign", "sqrt"),
     *("square", "tanh", "trunc", "logical_not", "cos", "sin", "isnan"),
+    "horq.fake_quantize",
     *("nn.gelu", "nn.gelu_tanh", "nn.leakyrelu", "nn.relu", "nn.selu", "nn.silu", "nn.softplus"),
 }
 NARY = {

@@ -93,6 +93,19 @@ def test_what_is_no_normalisation(steps: Steps) -> None:
     assert normalised(steps)[0] is None
 
 
+def test_a_zero_point_may_be_subtracted_among_integers() -> None:
+    def body(emit: Any, pixels: relax.Var) -> relax.Expr:
+        wide = emit(op.subtract(emit(op.astype(pixels, "int32")), constant(np.int32([7, 8, 9]))))
+        return emit(op.exp(emit(op.multiply(emit(op.astype(wide, "float32")), c(0.5)))))
+
+    program = read_main(module([(1, 4, 5, 3)], body, "uint8"))
+    (read,) = (value.args[0] for _, value in program.bindings if op_name(value) == "relax.exp")
+    found = pixels_of(program, read)
+    assert found is not None
+    assert found.zero_points == (7, 8, 9)
+    np.testing.assert_array_equal(found.factor, [0.5] * 3)
+
+
 def test_other_integers_are_no_bytes() -> None:
     assert normalised(NORMALISATIONS["none"][0], "int32")[0] is None
 

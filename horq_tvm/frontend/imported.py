@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import tvm
 from tvm import relax
 
 from ..errors import HorqError
 from ..specs import LayerConfig, TensorSpec
+from ..straightline import Array
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,15 @@ class ImportedModel:
     """A model as Relax, one function `main` of static shapes with its constants embedded.
 
     `inputs` are in the order of main's parameters, `outputs` in the order of its results (a tuple if several).
-    `trained` holds the layers that the model's own HORQ nodes speak for, by layer name.
+    `trained` holds the layers that the model's own HORQ nodes speak for, by layer name. `weight_scales` has, of layers
+    whose weights the model holds as integers, the step of each filter, float [F].
     """
 
     mod: tvm.IRModule
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     trained: Mapping[str, LayerConfig]
+    weight_scales: Mapping[str, Array] = field(default_factory=dict)
 
 
 def static_shape(expr: relax.Expr) -> tuple[int, ...] | None:

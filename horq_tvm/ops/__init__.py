@@ -4,6 +4,7 @@ from .binarize import BINARIZE, WORD_BITS, binarize, words_of
 from .bitserial import BITSERIAL_CONV2D, BITSERIAL_DENSE, bitserial
 from .conv2d import CONV2D, conv2d
 from .dense import DENSE, dense
+from .fake_quantize import FAKE_QUANTIZE, byte_activation, fake_quantize
 from .geometry import Geometry
 from .int8 import (
     INT8_CONV2D,
@@ -36,6 +37,7 @@ __all__ = [
     "BITSERIAL_DENSE",
     "CONV2D",
     "DENSE",
+    "FAKE_QUANTIZE",
     "INT8_CONV2D",
     "INT8_DENSE",
     "INT8_IMAGE",
@@ -52,8 +54,10 @@ __all__ = [
     "Geometry",
     "binarize",
     "bitserial",
+    "byte_activation",
     "conv2d",
     "dense",
+    "fake_quantize",
     "int8_conv2d",
     "int8_dense",
     "int8_image",

@@ -28,8 +28,9 @@ ELEMENTS: dict[str, int] = {"quads": 4, "pairs": 2}
 ACTIVATION_DTYPE: dict[str, str] = {"quads": "uint8", "pairs": "int16"}
 WEIGHT_DTYPE: dict[str, str] = {"quads": "int8", "pairs": "int16"}
 
-# Σ |q − z|·|w| ≤ L·255·127 stays below 2^31, so that no order of the additions overflows an int32.
-MAX_ROW = (2**31 - 1) // (255 * 127)
+# Σ |q − z|·|w| ≤ L·255·128 stays below 2^31, so that no order of the additions overflows an int32. (Weights that we
+# quantise end at ±127, those that a model brings at −128.)
+MAX_ROW = (2**31 - 1) // (255 * 128)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ import numpy as np
 import onnx
 from tvm import relax
 
+from ... import ops
 from ...errors import HorqError
 from ...specs import LayerConfig
 from ...straightline import Array, constant
 from .. import layers
 from ..layers import Window
+from . import linear
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Node:
             raise HorqError(f"found {what} computed from the model's inputs; accepted are constants")
         return value if value.size else None
 
+
+INTERNAL, FAKE_QUANTIZE = "horq.internal", "FakeQuantize"
+"""A QuantizeLinear and its DequantizeLinear in one, which `model.pair_quantisations` makes of them."""
 
 Converter = Callable[[Node], relax.Expr]
 CONVERTERS: dict[tuple[str, str], Converter] = {}
@@ -123,6 +128,53 @@ def gemm(node: Node) -> relax.Expr:
 def matmul(node: Node) -> relax.Expr:
     """MatMul → named matmul, whatever its operands: which of them are layers is decided later."""
     return layers.dense(node.emit, node.operand(0), node.operand(1), None, name=node.name)
+
+
+@converts("QuantizeLinear")
+def quantize_linear(node: Node) -> relax.Expr:
+    """QuantizeLinear of float32 → integers: clip(rint(x / scale) + zero point) of the zero point's type."""
+    scale, zero = _linear(node)
+    x = node.emit(relax.op.round(node.emit(relax.op.divide(node.operand(0), constant(scale)))))
+    shifted = node.emit(relax.op.add(x, constant(zero.astype("float32"))))
+    ends = np.iinfo(zero.dtype)
+    clipped = layers.clip(node.emit, shifted, float(ends.min), float(ends.max))
+    return node.emit(relax.op.astype(clipped, str(zero.dtype)))
+
+
+@converts("DequantizeLinear")
+def dequantize_linear(node: Node) -> relax.Expr:
+    """DequantizeLinear of integers → float32: (q − zero point) · scale."""
+    scale, zero = _linear(node)
+    x = node.operand(0)
+    if zero.any():  # among integers: (q − z)·s of floats would be compiled as q·s − z·s
+        x = node.emit(relax.op.subtract(node.emit(relax.op.astype(x, "int32")), constant(zero.astype("int32"))))
+    return node.emit(relax.op.multiply(node.emit(relax.op.astype(x, "float32")), constant(scale)))
+
+
+@converts(FAKE_QUANTIZE, domain=INTERNAL)
+def fake_quantize(node: Node) -> relax.Expr:
+    """The two together, by one scale and zero point: the levels stay floats."""
+    scale, zero = _linear(node)
+    ends = np.iinfo(zero.dtype)
+    step, level = float(scale.reshape(())), int(zero.reshape(()))
+    return node.emit(
+        ops.fake_quantize(node.operand(0), scale=step, zero_point=level, low=int(ends.min), high=int(ends.max))
+    )
+
+
+def _linear(node: Node) -> tuple[Array, Array]:
+    """Scale float32 and zero point, constants, of one element or one along `axis`, in a shape that broadcasts."""
+    scale, zero = node.constant(1, "a scale"), node.constant(2, "a zero point")
+    x = node.operand(0)
+    kind = str(x.ty.dtype.dtype) if node.op == "DequantizeLinear" else "uint8"
+    zero = np.zeros((), kind) if zero is None else zero
+    if scale is None or scale.dtype != np.float32 or zero.dtype.kind not in "iu" or zero.dtype.itemsize > 4:
+        found = "none" if scale is None else f"{scale.dtype} and {zero.dtype}"
+        raise HorqError(f"found scale and zero point {found}; accepted are float32 and integers of 8 to 32 bits")
+    if "block_size" in node.attrs or scale.ndim > 1:
+        raise HorqError(f"found scales {list(scale.shape)}; accepted are one, or one along an axis")
+    rank, axis = layers.rank(x), node.attrs.get("axis", 1)
+    return linear.along(scale, rank, axis), linear.along(np.broadcast_to(zero.ravel(), scale.size), rank, axis)
 
 
 @converts("HorqConv2d", domain="horq")

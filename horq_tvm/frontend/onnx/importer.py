@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from ...errors import HorqError
 from ...specs import LayerConfig
 from ...straightline import Array, constant
 from ..imported import ImportedModel, result_specs, static_shape, tensor_spec
+from . import linear
 from . import model as onnx_model
 from .converters import CONVERTERS, Node
 
@@ -38,6 +40,7 @@ def import_onnx(
     onnx_model.check_nodes(proto)
     onnx_model.set_input_shapes(proto.graph, input_shapes or {})
     onnx_model.name_nodes(proto.graph)
+    onnx_model.pair_quantisations(proto.graph)
 
     inputs = onnx_model.model_inputs(proto.graph)
     del proto.graph.input[:]  # old files list every initialiser here as well
@@ -52,7 +55,8 @@ def import_onnx(
                 importer.bb._end_block()  # TVM would log to standard error that it was left open
     mod["main"] = mod["main"].without_attr("num_input")
     specs = tuple(tensor_spec(i.name, p) for i, p in zip(inputs, mod["main"].params, strict=True))
-    return ImportedModel(mod, specs, result_specs(mod, [o.name for o in proto.graph.output]), importer.trained)
+    results = result_specs(mod, [o.name for o in proto.graph.output])
+    return ImportedModel(mod, specs, results, importer.trained, importer.weight_scales)
 
 
 class _GraphImporter(onnx_frontend.ONNXGraphImporter):
@@ -65,7 +69,9 @@ class _GraphImporter(onnx_frontend.ONNXGraphImporter):
     def __init__(self, proto: onnx.ModelProto) -> None:
         super().__init__(shape_dict={}, dtype_dict={}, keep_params_in_input=False, sanitize=True)
         self.trained: dict[str, LayerConfig] = {}
+        self.weight_scales: dict[str, Array] = {}
         self.broken = False
+        self._grids: dict[str, Grid] = {}
         self._opsets = list(proto.opset_import)
         self._used = {name for node in proto.graph.node for name in node.input}
         self._used.update(output.name for output in proto.graph.output)
@@ -107,7 +113,13 @@ class _GraphImporter(onnx_frontend.ONNXGraphImporter):
         inputs = onnx_frontend.onnx_input([self._nodes[name] if name else None for name in node.input])
         folded = self._fold(node, inputs)
         if folded is not None:
+            if node.op_type == "DequantizeLinear":
+                self._grids[node.output[0]] = Grid.of(node, inputs)
             return folded
+        if node.op_type in onnx_model.WEIGHTED and node.input[1] in self._grids:
+            scale = self._grids[node.input[1]].filters(node)
+            if scale is not None:
+                self.weight_scales[node.name] = scale
         domain = "" if node.domain == "ai.onnx" else node.domain
         converter = CONVERTERS.get((domain, node.op_type))
         if converter is not None:
@@ -153,7 +165,13 @@ class _GraphImporter(onnx_frontend.ONNXGraphImporter):
             return None
         if node.domain not in ("", "ai.onnx"):
             return None
-        return [constant(value) for value in self._evaluate(node, [value.value.numpy() for value in known])]
+        values = [value.value.numpy() for value in known]
+        if (
+            node.op_type in linear.OPERATORS
+            and (found := linear.evaluate(node.op_type, values, _axis(node))) is not None
+        ):
+            return [constant(found)]
+        return [constant(value) for value in self._evaluate(node, values)]
 
     def _evaluate(self, node: onnx.NodeProto, values: list[Array]) -> list[Array]:
         """Runs one node by ONNX's reference implementation."""
@@ -168,6 +186,34 @@ class _GraphImporter(onnx_frontend.ONNXGraphImporter):
         single = onnx.helper.make_model(graph, opset_imports=self._opsets)
         results = onnx.reference.ReferenceEvaluator(single).run(None, feeds)
         return [np.asarray(value) for value in results]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The steps that a constant was dequantised by: one for all of it, or one for each index along `axis`."""
+
+    steps: Array
+    axis: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, node: onnx.NodeProto, inputs: list[relax.Expr | None]) -> Grid:
+        """Of a DequantizeLinear of constants."""
+        values, steps = (operand.value.numpy() for operand in inputs[:2] if operand is not None)
+        return cls(steps, _axis(node), values.shape)
+
+    def filters(self, node: onnx.NodeProto) -> Array | None:
+        """The step of each filter of the layer that `node` is, None where they differ within a filter."""
+        rank = len(self.shape)
+        first = node.op_type == "Conv" or (node.op_type == "Gemm" and _attributes(node).get("transB", 0))
+        axis = 0 if first else rank - 1
+        if self.steps.size == 1:
+            return np.full(self.shape[axis], float(self.steps.reshape(())))
+        return self.steps.ravel() if self.steps.ndim == 1 and self.axis % rank == axis else None
+
+
+def _axis(node: onnx.NodeProto) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
 
 
 def _is_given(attribute: onnx.AttributeProto) -> bool:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.inliner
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from ...errors import HorqError, UsageError
 from ..shapes import OpenShape, fix_shapes
-from .converters import CONVERTERS
+from .converters import CONVERTERS, FAKE_QUANTIZE, INTERNAL
 
 OLDEST_OPSET = 7
 """Opset 7 brought NumPy's broadcasting; before it Add and Mul take an axis that no exporter of today writes."""
 
 STANDARD, HORQ = "", "horq"
+
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+"""Layers whose input 1 is a weight."""
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 
@@ -147,6 +151,51 @@ def name_nodes(graph: onnx.GraphProto) -> None:
             node.name = f"{wanted}_{count}"
             count += 1
         taken.add(node.name)
+
+
+def pair_quantisations(graph: onnx.GraphProto) -> None:
+    """A DequantizeLinear of what a QuantizeLinear gives, by the same scale and zero point → one node FakeQuantize.
+
+    Those of initialisers stay two: they fold. So do those of one scale a channel, and those whose operands differ.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    constants |= {
+        node.output[0]: attribute.t
+        for node in graph.node
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.name == "value"
+    }
+    quantised = {node.output[0]: node for node in graph.node if _is(node, "QuantizeLinear")}
+    for node in graph.node:
+        source = quantised.get(node.input[0]) if _is(node, "DequantizeLinear") else None
+        if source is None or source.input[0] in constants:
+            continue
+        operands = [[constants.get(name) for name in pair.input[1:]] for pair in (source, node)]
+        if _same_scalars(*operands):
+            node.op_type, node.domain = FAKE_QUANTIZE, INTERNAL
+            node.input[0] = source.input[0]
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    kept = [node for node in graph.node if not (_is(node, "QuantizeLinear") and node.output[0] not in read)]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _is(node: onnx.NodeProto, op: str) -> bool:
+    return node.op_type == op and _domain(node.domain) == STANDARD
+
+
+def _same_scalars(first: Sequence[onnx.TensorProto | None], second: Sequence[onnx.TensorProto | None]) -> bool:
+    """Whether scale and zero point, the latter given, are known, of one element, and the same."""
+    if len(first) != 2 or len(second) != 2:
+        return False
+    for a, b in zip(first, second, strict=True):
+        if a is None or b is None or a.data_type != b.data_type:
+            return False
+        left, right = onnx.numpy_helper.to_array(a), onnx.numpy_helper.to_array(b)
+        if left.size != 1 or not np.array_equal(left.ravel(), right.ravel()):
+            return False
+    return True
 
 
 def label(node: onnx.NodeProto) -> str:

@@ -1,0 +1,39 @@
+"""QuantizeLinear and DequantizeLinear of constants (onnx's own evaluator knows them from opset 19 on)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...straightline import Array
+
+OPERATORS = ("QuantizeLinear", "DequantizeLinear")
+
+
+def evaluate(op: str, operands: Sequence[Array], axis: int) -> Array | None:
+    """The result for x, scale float32 and zero point (or none), one for all or one along `axis`.
+
+    None for what is not that: blocks, other floats, integers of less than 8 bits.
+    """
+    x, scale = operands[:2]
+    kind = "uint8" if op == "QuantizeLinear" else str(x.dtype)
+    zero = operands[2] if len(operands) > 2 else np.zeros((), kind)
+    if scale.dtype != np.float32 or scale.ndim > 1 or zero.dtype.kind not in "iu":
+        return None
+    scale, zero = along(scale, x.ndim, axis), along(zero, x.ndim, axis)
+    if op == "DequantizeLinear":
+        steps = x.astype("int64") - zero.astype("int64")
+        return steps.astype("float32") * scale
+    ends = np.iinfo(zero.dtype)
+    levels = np.rint(x.astype("float32") / scale) + zero.astype("float32")
+    return np.clip(levels, ends.min, ends.max).astype(zero.dtype)
+
+
+def along(vector: Array, rank: int, axis: int) -> Array:
+    """A vector in the shape that broadcasts along an axis; one value as a scalar."""
+    if vector.size == 1:
+        return vector.reshape(())
+    shape = [1] * rank
+    shape[axis] = vector.size
+    return vector.reshape(shape)
