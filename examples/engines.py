@@ -249,6 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = train.read_checkpoint(given.checkpoint)["settings"]
         model = train.restored(given.checkpoint, settings["network"])
         data = train.Images(datasets.load(given.dataset, given.data), seed=0, views=1)
+        data.check_fits(settings["network"])
         with tempfile.TemporaryDirectory() as folder:
             agreements = compare(model, data, given.images, Path(folder))
         if given.json:

@@ -131,6 +131,7 @@ class Images:
     """
 
     def __init__(self, data: datasets.Dataset, seed: int, views: int) -> None:
+        self.name = data.name
         self.seed = seed
         self.augment = data.name == "cifar10"
         self.views = views if self.augment else 1
@@ -147,6 +148,12 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.train)
+
+    def check_fits(self, network: str) -> None:
+        """Raises UsageError for a network of images of another size."""
+        wanted, found = list(zoo.architecture(network).image), list(self.train.shape[1:])
+        if wanted != found:
+            raise UsageError(f"{network} takes images of {wanted}; {self.name}'s are {found}")
 
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 → float32 of mean 0 and deviation 1 by channel."""
@@ -520,11 +527,7 @@ def run(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     torch.set_num_threads(given.threads)
     given.out.mkdir(parents=True, exist_ok=True)
     data = Images(datasets.load(settings.dataset, given.data), settings.seed, settings.views)
-    if zoo.architecture(settings.network).image != tuple(data.train.shape[1:]):
-        wanted = list(zoo.architecture(settings.network).image)
-        raise UsageError(
-            f"{settings.network} takes images of {wanted}; {settings.dataset}'s are {list(data.train.shape[1:])}"
-        )
+    data.check_fits(settings.network)
     if settings.batch > len(data):
         raise UsageError(f"--batch {settings.batch}; accepted: at most the {len(data)} training images")
     trainer = Trainer(settings, Places(given.out, given.start, given.teacher), data)

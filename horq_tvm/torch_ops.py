@@ -228,7 +228,7 @@ def check_finite(x: Tensor) -> None:
 
 def check_order_and_scale(order: int, scale: str) -> None:
     """Raises UsageError for an order or a scale that no layer has."""
-    if not isinstance(order, int) or not 1 <= order <= MAX_ORDER:
+    if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order <= MAX_ORDER:
         raise UsageError(f"order {order}; accepted are 1 to {MAX_ORDER}")
     if scale not in SCALES:
         raise UsageError(f"scale {scale!r}; accepted are {', '.join(SCALES)}")

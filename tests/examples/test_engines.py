@@ -129,3 +129,12 @@ def test_signs_of_later_planes_count() -> None:
 def test_a_network_without_horq_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert engines.main(["mnist", str(_checkpoint(tmp_path, "float"))]) == 2
     assert "holds no HORQ layer; accepted: one of an order K" in capsys.readouterr().err
+
+
+def test_images_of_another_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _checkpoint(tmp_path, 2)
+    monkeypatch.setitem(zoo.NETWORKS, "mnist", zoo.Architecture(_tiny, (1, 9, 9), 10))
+    assert engines.main(["mnist", str(path), "--images", "100"]) == 2
+    assert capsys.readouterr().err == "engines: mnist takes images of [1, 9, 9]; mnist's are [1, 8, 8]\n"

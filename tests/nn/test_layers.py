@@ -501,6 +501,7 @@ def test_operator_names_a_mistake(changed: dict[str, Any], message: str) -> None
         ({"order": 100}, "order 100"),
         ({"scale": "image"}, "scale 'image'; accepted are patch, sample, static"),
         ({"order": 0}, "order 0; accepted are 1 to 8"),
+        ({"order": True}, "order True; accepted are 1 to 8"),
         ({"order": 1.5}, "order 1.5; accepted are 1 to 8"),
         ({"ste": "hard"}, "ste 'hard'; accepted are residual, window, approxsign, tanh, identity"),
         ({"beta": "fixed"}, "beta 'fixed'; accepted are learned, running"),
