@@ -123,8 +123,9 @@ def cifar10(results: Sequence[Result]) -> list[str]:
     if not runs:
         return ["No results yet."]
     ranks = {"float": -2, "bw": -1}
-    runs.sort(key=lambda r: (r.network, r.seed, ranks.get(str(r.order)) or -int(r.order) + 10, SCALES.index(r.scale)))
     by_name = {r.name: r for r in runs}
+    runs.sort(key=lambda r: epochs_in_all(r, by_name))
+    runs.sort(key=lambda r: (r.network, r.seed, ranks.get(str(r.order)) or -int(r.order) + 10, SCALES.index(r.scale)))
     # Where there are two, the one that was trained for longer.
     longest = sorted((r for r in runs if r.order == "float"), key=lambda r: epochs_in_all(r, by_name))
     floats = {(r.network, r.seed): r for r in longest}
@@ -221,9 +222,12 @@ def commands(runs: Sequence[Result]) -> list[str]:
         if len(group) == 1 or len(group) < math.prod(map(len, values)):
             lines += [run.command for run in group]
             continue
+        named = dict(zip(("ORDER", "SCALE", "SEED", "STE"), values, strict=True))
+        for name, found in named.items():
+            if len(found) == 1:
+                line = re.sub(rf"(--\w+) {name}\b", rf"\1 {found[0]}", line)
         lines.append(line)
-        named = zip(("ORDER", "SCALE", "SEED", "STE"), values, strict=True)
-        lines += [f"    # {name}: {', '.join(map(str, found))}" for name, found in named if name in line]
+        lines += [f"    # {name}: {', '.join(map(str, found))}" for name, found in named.items() if f" {name}" in line]
     return [f"On {'; '.join(sorted({run.hardware for run in runs}))}:", "", "```", *lines, "```"]
 
 
