@@ -6,25 +6,43 @@ Apart from targets.py, so that `Target` itself needs no pydantic.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationInfo
 
-from horq_tvm.targets import LLVM_TO_CPUINFO, Family, Popcount
+from horq_tvm.targets import TO_CPUINFO, Family, Popcount, architecture_of
+
+ARCHITECTURES: Mapping[str, tuple[str, ...]] = {"x86": ("x86_64",), "arm": ("aarch64", "arm")}
 
 
-def _feature(value: str) -> str:
-    known = sorted(set(LLVM_TO_CPUINFO.values()))
+def _flags_of(info: ValidationInfo) -> Mapping[str, str]:
+    """LLVM's names and the system's, of the architecture that the triple names; those of all where it names none."""
+    own = TO_CPUINFO.get(architecture_of(str(info.data.get("mtriple", ""))))
+    return own if own is not None else {llvm: flag for known in TO_CPUINFO.values() for llvm, flag in known.items()}
+
+
+def _feature(value: str, info: ValidationInfo) -> str:
+    known = sorted(set(_flags_of(info).values()))
     if value not in known:
         close = difflib.get_close_matches(value, known, n=3) or known
         raise ValueError(f"unknown CPU feature {value!r}; accepted: {', '.join(close)}")
     return value
 
 
-def _attribute(value: str) -> str:
-    if value[:1] not in ("+", "-") or value[1:] not in LLVM_TO_CPUINFO:
-        close = difflib.get_close_matches(value[1:], LLVM_TO_CPUINFO, n=3) or list(LLVM_TO_CPUINFO)
+def _attribute(value: str, info: ValidationInfo) -> str:
+    known = _flags_of(info)
+    if value[:1] not in ("+", "-") or value[1:] not in known:
+        close = difflib.get_close_matches(value[1:], known, n=3) or list(known)
         raise ValueError(f"found {value!r}; accepted: + or - and one of {', '.join(close)}")
+    return value
+
+
+def _triple(value: str, info: ValidationInfo) -> str:
+    family = info.data.get("family")
+    accepted = ARCHITECTURES.get(str(family), ())
+    if family is not None and architecture_of(value) not in accepted:
+        raise ValueError(f"found {value!r}; accepted for the family {family}: one of {', '.join(accepted)}")
     return value
 
 
@@ -46,7 +64,7 @@ class TargetRecord(BaseModel):
     model_config = ConfigDict(extra="forbid")
     description: Text
     family: Family
-    mtriple: Text
+    mtriple: Annotated[Text, AfterValidator(_triple)]
     mcpu: Text
     mattr: tuple[Annotated[str, AfterValidator(_attribute)], ...] = ()
     features: tuple[Annotated[str, AfterValidator(_feature)], ...]

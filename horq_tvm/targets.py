@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,12 +20,13 @@ from horq_tvm.errors import HorqError, UsageError
 if TYPE_CHECKING:
     import tvm
 
-Family = Literal["x86"]
-Popcount = Literal["vpopcntdq", "avx512bw", "avx2", "ssse3", "scalar"]
+Family = Literal["x86", "arm"]
+Popcount = Literal["vpopcntdq", "avx512bw", "avx2", "ssse3", "scalar", "cnt"]
 
 NATIVE = "native"
 PRESETS = Path(__file__).with_name("targets.yaml")
 CPUINFO = Path("/proc/cpuinfo")
+NATIVE_COMPILER = ("cc",)
 
 # The instruction set extensions that LLVM uses for code it was not asked to use them for, by LLVM's name, and the flag
 # of /proc/cpuinfo that tells of each. Extensions reached through intrinsics alone (AES, SHA, AMX, ...) do not count: a
@@ -66,6 +68,41 @@ LLVM_TO_CPUINFO: Mapping[str, str] = {
     "avx512bf16": "avx512_bf16",
     "avx512fp16": "avx512_fp16",
 }
+AARCH64_TO_CPUINFO: Mapping[str, str] = {
+    "fp-armv8": "fp",
+    "neon": "asimd",
+    "fullfp16": "asimdhp",
+    "rdm": "asimdrdm",
+    "dotprod": "asimddp",
+    "complxnum": "fcma",
+    "sve": "sve",
+    "sve2": "sve2",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+}
+ARM_TO_CPUINFO: Mapping[str, str] = {
+    "neon": "neon",
+    "vfp3": "vfpv3",
+    "vfp4": "vfpv4",
+    "d32": "vfpd32",
+    "hwdiv-arm": "idiva",
+    "hwdiv": "idivt",
+    "fp-armv8": "crc32",  # has no flag of its own in a 32-bit process; CRC32 came with it
+}
+TO_CPUINFO: Mapping[str, Mapping[str, str]] = {
+    "x86_64": LLVM_TO_CPUINFO,
+    "aarch64": AARCH64_TO_CPUINFO,
+    "arm": ARM_TO_CPUINFO,
+}
+"""The like of `LLVM_TO_CPUINFO` by architecture, see `architecture_of`."""
+
+
+def architecture_of(machine: str) -> str:
+    """x86_64, aarch64 or arm: by the first part of a triple, or by what `platform.machine()` says."""
+    first = machine.partition("-")[0].lower()
+    if first.startswith("arm") and first != "arm64":
+        return "arm"
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(first, first)
 
 
 @dataclass(frozen=True)
@@ -74,7 +111,7 @@ class Target:
 
     `features` are flags of /proc/cpuinfo, sorted; `vector_bits` and `word_bits` are bits; `l1_bytes` and `l2_bytes` are
     the data caches of one core; `compiler` is the argv prefix of the C compiler that links the library; `level` orders
-    the generic presets for `native` (None for a particular CPU).
+    the generic presets of an architecture for `native` (None for a particular CPU).
     """
 
     name: str
@@ -93,6 +130,11 @@ class Target:
     compiler: tuple[str, ...]
     level: int | None = None
 
+    @property
+    def architecture(self) -> str:
+        """x86_64, aarch64 or arm."""
+        return architecture_of(self.mtriple)
+
     def tvm_target(self) -> tvm.target.Target:
         """The same for TVM.
 
@@ -103,7 +145,7 @@ class Target:
         codegen = _tvm_codegen()
         import tvm
 
-        config: dict[str, Any] = {"kind": "llvm", "mtriple": self.mtriple}
+        config = _llvm_config(self.mtriple)
         known = [str(cpu) for cpu in codegen.llvm_get_cpu_archlist(tvm.target.Target(config))]
         if self.mcpu not in known:
             close = difflib.get_close_matches(self.mcpu, known, n=5) or known
@@ -115,7 +157,8 @@ class Target:
         if self.mattr:
             config["mattr"] = list(self.mattr)
         target = tvm.target.Target(config)
-        used = {LLVM_TO_CPUINFO.get(str(llvm)) for llvm in codegen.llvm_get_cpu_features(target)} - {None}
+        flag_of = TO_CPUINFO[self.architecture]
+        used = {flag_of.get(str(llvm)) for llvm in codegen.llvm_get_cpu_features(target)} - {None}
         unchecked = sorted(str(flag) for flag in used.difference(self.features))
         if unchecked:
             raise HorqError(
@@ -181,8 +224,12 @@ def native(known: Mapping[str, Target], host: Host) -> Target:
     Raises:
         HorqError: no preset fits.
     """
-    fitting = [target for target in known.values() if not target.missing_on(host.flags)]
-    if host.machine not in ("x86_64", "AMD64") or not fitting:
+    fitting = [
+        replace(target, compiler=NATIVE_COMPILER)
+        for target in known.values()
+        if target.architecture == architecture_of(host.machine) and not target.missing_on(host.flags)
+    ]
+    if not fitting:
         raise HorqError(
             f"native: no preset for this machine ({host.machine or 'unknown'} with {len(host.flags)} CPU flags in"
             f" {CPUINFO}); accepted: {', '.join(known)}"
@@ -197,7 +244,8 @@ def native(known: Mapping[str, Target], host: Host) -> Target:
 def runnable(target: Target) -> Target:
     """`target` where this machine can run it, else `native`: what a build for another machine is tried out with."""
     host = this_host()
-    return native(presets(), host) if target.missing_on(host.flags) else target
+    here = target.architecture == architecture_of(host.machine) and not target.missing_on(host.flags)
+    return target if here else native(presets(), host)
 
 
 def this_host() -> Host:
@@ -206,7 +254,13 @@ def this_host() -> Host:
         llvm_cpu: str | None = str(_tvm_codegen().llvm_get_system_cpu())
     except HorqError:
         llvm_cpu = None
-    return Host(platform.machine(), _cpu_flags(CPUINFO), llvm_cpu)
+    return Host(_machine(), _cpu_flags(CPUINFO), llvm_cpu)
+
+
+def _machine() -> str:
+    """Of this process: a 64-bit kernel runs 32-bit systems too, and names itself."""
+    machine = platform.machine()
+    return "armv7l" if machine == "aarch64" and sys.maxsize < 2**32 else machine
 
 
 def load_presets(path: Path, base: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Target]:
@@ -264,12 +318,13 @@ def _for_cpu(generic: Target, host: Host) -> Target:
     codegen = _tvm_codegen()
     import tvm
 
-    cpu = tvm.target.Target({"kind": "llvm", "mtriple": generic.mtriple, "mcpu": host.llvm_cpu})
+    flag_of = TO_CPUINFO[generic.architecture]
+    cpu = tvm.target.Target({**_llvm_config(generic.mtriple), "mcpu": host.llvm_cpu})
     of_cpu = {str(feature) for feature in codegen.llvm_get_cpu_features(cpu)}
-    usable = {llvm: flag for llvm, flag in LLVM_TO_CPUINFO.items() if llvm in of_cpu}
+    usable = {llvm: flag for llvm, flag in flag_of.items() if llvm in of_cpu}
     # What the level asks for beyond the CPU's own features is switched on by name.
     added = [attribute for attribute in generic.mattr if attribute[1:] not in of_cpu]
-    if set(generic.features) - set(usable.values()) - {LLVM_TO_CPUINFO[attribute[1:]] for attribute in added}:
+    if set(generic.features) - set(usable.values()) - {flag_of[attribute[1:]] for attribute in added}:
         # LLVM's name is that of a lesser CPU than the flags tell of: trust the flags.
         return generic
     masked = sorted(llvm for llvm, flag in usable.items() if flag not in host.flags)
@@ -286,12 +341,19 @@ def _for_cpu(generic: Target, host: Host) -> Target:
 
 
 def _cpu_flags(path: Path) -> frozenset[str]:
-    """The `flags` line of the first processor; empty where there is none."""
+    """The `flags` line of the first processor (ARM: `Features`); empty where there is none."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return frozenset()
-    return next((frozenset(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), frozenset())
+    named = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(named, "").split())
+
+
+def _llvm_config(mtriple: str) -> dict[str, Any]:
+    """What LLVM is told of a triple: on 32-bit ARM, floats are passed in registers."""
+    config: dict[str, Any] = {"kind": "llvm", "mtriple": mtriple}
+    return {**config, "mfloat-abi": "hard"} if architecture_of(mtriple) == "arm" else config
 
 
 def _tvm_codegen() -> Any:

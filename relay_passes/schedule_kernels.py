@@ -60,7 +60,13 @@ def _rules(target: Target) -> tuple:
         from horq_tvm.schedules import x86
 
         return x86.RULES
-    raise HorqError(f"target {target.name}: there are no schedules for the family {target.family!r}; accepted: x86")
+    if target.family == "arm":
+        from horq_tvm.schedules import arm
+
+        return arm.RULES
+    raise HorqError(
+        f"target {target.name}: there are no schedules for the family {target.family!r}; accepted: x86, arm"
+    )
 
 
 def schedule(func: tirx.PrimFunc, target: Target, decide: Decide = by_default) -> tirx.PrimFunc:

@@ -91,17 +91,23 @@ def test_own_file_extends_a_shipped_target(tmp_path: Path) -> None:
     ("line", "complaint"),
     [
         ("l2_kb: 512", "targets.board: l2_kb: unknown key; accepted: .*l2_kib"),
-        ("popcount: avx3", "targets.board: popcount: .*'vpopcntdq', .*'ssse3' or 'scalar'; found 'avx3'"),
+        ("popcount: avx3", "targets.board: popcount: .*'vpopcntdq', .*'scalar' or 'cnt'; found 'avx3'"),
         ("l2_kib: '512'", "targets.board: l2_kib: .*valid integer; found '512'"),
         ("l2_kib: 0", "targets.board: l2_kib: .*greater than 0; found 0"),
         ("vector_bits: 300", "targets.board: vector_bits: .*128, 256 or 512; found 300"),
-        ("family: sparc", "targets.board: family: .*'x86'; found 'sparc'"),
+        ("family: sparc", "targets.board: family: .*'x86' or 'arm'; found 'sparc'"),
         ("features: [avx512_vpopcnt]", "unknown CPU feature 'avx512_vpopcnt'; accepted: avx512_vpopcntdq"),
         ("features: avx2", "targets.board: features: .*found 'avx2'"),
         (
             "mattr: [avx512vnni]",
             r"targets.board: mattr.0: found 'avx512vnni'; accepted: \+ or - and one of .*avx512vnni",
         ),
+        (
+            "mtriple: aarch64-linux-gnu",
+            "targets.board: mtriple: found 'aarch64-linux-gnu'; .*family x86: one of x86_64",
+        ),
+        ("features: [asimd]", "unknown CPU feature 'asimd'; accepted: "),
+        ("mattr: [+dotprod]", r"mattr.0: found '\+dotprod'; accepted: "),
         ("extends: x86-64-v9", "targets.board.extends: unknown target 'x86-64-v9'; accepted: x86-64, .*board"),
         ("extends: board", "targets.board.extends: board -> board goes round in a circle"),
         ("family: x86", "targets.board: mtriple: missing"),
@@ -182,20 +188,68 @@ def test_native_trusts_flags_over_a_lesser_name() -> None:
 
 
 def test_native_where_there_is_no_preset() -> None:
-    with pytest.raises(HorqError, match="native: no preset for this machine .aarch64"):
-        targets.native(PRESETS, targets.Host("aarch64", frozenset({"asimd"}), "cortex-a76"))
+    with pytest.raises(HorqError, match="native: no preset for this machine .riscv64"):
+        targets.native(PRESETS, targets.Host("riscv64", frozenset({"asimd", "fp"}), None))
+    with pytest.raises(HorqError, match="native: no preset for this machine .armv6l"):
+        targets.native(PRESETS, targets.Host("armv6l", frozenset({"half", "thumb", "vfp"}), None))
+
+
+BOARDS = {  # machine, and `Features` of /proc/cpuinfo as their systems print them
+    "rpi2": ("armv7l", "half thumb fastmult vfp edsp neon vfpv3 tls vfpv4 idiva idivt vfpd32 lpae evtstrm"),
+    "rpi3": ("aarch64", "fp asimd evtstrm crc32 cpuid"),
+    "rpi4-32": ("armv7l", "half thumb fastmult vfp edsp neon vfpv3 tls vfpv4 idiva idivt vfpd32 lpae evtstrm crc32"),
+    "rpi5": (
+        "aarch64",
+        "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_native_on_a_board_is_its_own_target_and_compiler(name: str) -> None:
+    machine, flags = BOARDS[name]
+    target = targets.native(PRESETS, targets.Host(machine, frozenset(flags.split()), PRESETS[name].mcpu))
+    assert (target.name, target.compiler) == (name, ("cc",))
+
+
+def test_native_on_an_unknown_board_is_the_best_of_its_architecture() -> None:
+    machine, flags = BOARDS["rpi5"]
+    assert targets.native(PRESETS, targets.Host(machine, frozenset(flags.split()), None)).name == "aarch64-dotprod"
+    machine, flags = BOARDS["rpi3"]
+    assert targets.native(PRESETS, targets.Host(machine, frozenset(flags.split()), None)).name == "aarch64"
+    machine, flags = BOARDS["rpi2"]
+    assert targets.native(PRESETS, targets.Host(machine, frozenset(flags.split()), None)).name == "armv7-neon"
+
+
+def test_features_of_an_arm_cpuinfo(tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor\t: 0\nBogoMIPS\t: 38.40\nFeatures\t: fp asimd crc32\n")
+    assert targets._cpu_flags(path) == {"fp", "asimd", "crc32"}
+
+
+def test_architectures() -> None:
+    assert [targets.architecture_of(name) for name in ("AMD64", "x86_64-linux-gnu", "arm64", "armv8l", "riscv64")] == [
+        "x86_64",
+        "x86_64",
+        "aarch64",
+        "arm",
+        "riscv64",
+    ]
+    assert targets.architecture_of("armv8-linux-gnueabihf") == "arm"
 
 
 def test_what_cannot_run_here_is_tried_out_as_native(tmp_path: Path) -> None:
     chimera = targets.resolve(f"{written(tmp_path, OWN.replace('l2_kib: 512', 'features: [avx512_fp16, xop]'))}:board")
     assert targets.runnable(chimera) == targets.resolve("native")
-    assert targets.runnable(PRESETS["x86-64"]) == PRESETS["x86-64"]
+    if targets.this_host().machine == "x86_64":
+        assert targets.runnable(PRESETS["x86-64"]) == PRESETS["x86-64"]
+        assert targets.runnable(PRESETS["rpi4"]) == targets.resolve("native")
 
 
 def test_native_on_this_machine_can_run_here() -> None:
     here = targets.this_host()
-    if here.machine != "x86_64":
-        pytest.skip("presets are x86's")
+    if targets.architecture_of(here.machine) not in targets.TO_CPUINFO:
+        pytest.skip(f"there are no presets for {here.machine}")
     assert not targets.resolve("native").missing_on(here.flags)
 
 

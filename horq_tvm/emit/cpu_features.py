@@ -15,7 +15,10 @@ _EXTENDED = 0x8000_0001
 
 @dataclass(frozen=True)
 class Question:
-    """On x86: bit `bit` of register `word` of CPUID `leaf`, `subleaf`, and the XCR0 bits `os_state` set."""
+    """On x86: bit `bit` of register `word` of CPUID `leaf`, `subleaf`, and the XCR0 bits `os_state` set.
+
+    On ARM: bit `bit` of what getauxval says of AT_HWCAP (`word` 0) or AT_HWCAP2 (1), to a process of `leaf` bits.
+    """
 
     leaf: int
     subleaf: int
@@ -62,7 +65,28 @@ X86: Mapping[str, Question] = {
     "avx512_bf16": Question(7, 1, _EAX, 5, _ZMM),
 }
 
-_KNOWN: Mapping[str, Mapping[str, Question]] = {"x86": X86}
+ARM: Mapping[str, Question] = {
+    "fp": Question(64, 0, 0, 0),
+    "asimd": Question(64, 0, 0, 1),
+    "asimdhp": Question(64, 0, 0, 10),
+    "asimdrdm": Question(64, 0, 0, 12),
+    "fcma": Question(64, 0, 0, 14),
+    "asimddp": Question(64, 0, 0, 20),
+    "sve": Question(64, 0, 0, 22),
+    "sve2": Question(64, 0, 1, 1),
+    "i8mm": Question(64, 0, 1, 13),
+    "bf16": Question(64, 0, 1, 14),
+    "neon": Question(32, 0, 0, 12),
+    "vfpv3": Question(32, 0, 0, 13),
+    "vfpv4": Question(32, 0, 0, 16),
+    "idiva": Question(32, 0, 0, 17),
+    "idivt": Question(32, 0, 0, 18),
+    "vfpd32": Question(32, 0, 0, 19),
+    "crc32": Question(32, 0, 1, 4),
+}
+"""arch/arm64 and arch/arm, include/uapi/asm/hwcap.h, of the Linux kernel."""
+
+_KNOWN: Mapping[str, Mapping[str, Question]] = {"x86": X86, "arm": ARM}
 
 
 def questions(family: str, features: Sequence[str]) -> tuple[tuple[str, Question], ...]:

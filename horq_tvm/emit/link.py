@@ -11,7 +11,7 @@ from horq_tvm.errors import HorqError
 
 RUNTIME = Path(__file__).resolve().parent.parent / "runtime"
 COMMON_SOURCES = ("horq.c", "pool.c")
-CPU_SOURCES = {"x86": "cpu_x86.c"}
+CPU_SOURCES = {"x86": "cpu_x86.c", "arm": "cpu_arm.c"}
 """The source that asks the CPU for features, by architecture family."""
 
 # The runtime is compiled for the architecture's baseline (no -march): it has to run where the kernels cannot. The stack
@@ -41,6 +41,10 @@ _LINK = (
     "-Wl,-z,now",
     "-Wl,-s",
 )
+_CROSS_PACKAGES = {
+    "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
+    "arm-linux-gnueabihf-gcc": "gcc-arm-linux-gnueabihf libc6-dev-armhf-cross",
+}
 _EXPORTS = "{ global: horq_*; local: *; };\n"
 
 
@@ -59,6 +63,8 @@ def _package(program: str) -> str:
     name = Path(program).name
     if name in ("cc", "gcc"):
         return "gcc libc6-dev"
+    if name in _CROSS_PACKAGES:
+        return _CROSS_PACKAGES[name]
     return f"gcc-{name.removesuffix('-gcc')}" if name.endswith("-gcc") else name
 
 

@@ -238,6 +238,21 @@ def test_a_missing_compiler_and_what_to_install(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("preset", "package"),
+    [
+        ("rpi4", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"),
+        ("rpi2", "gcc-arm-linux-gnueabihf libc6-dev-armhf-cross"),
+    ],
+)
+def test_the_package_of_a_cross_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, package: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HorqError, match=rf"not on PATH.*apt install {package}\)"):
+        emit(tmp_path / "m.so", relu_module(), targets.resolve(preset))
+
+
 def test_a_feature_that_the_library_could_not_check(tmp_path: Path) -> None:
     target = replace(targets.resolve("x86-64"), features=("sse2", "avx1024"))
     with pytest.raises(HorqError, match="'avx1024'.*popcnt"):
