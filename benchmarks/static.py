@@ -73,19 +73,19 @@ KINDS = {
         ),
         FLOATS: Kind(FLOATS, ("fmla", "fmls"), ("fmla v{}.4s, v30.4s, v31.4s",), copies=24, macs=4),
     },
-    "armv7": {
+    "arm": {
         BITS: Kind(
             BITS, ("vcnt.8",), ("veor q{}, q14, q15", "vcnt.8 q{}, q14", "vadd.i8 q{}, q14, q15"), copies=4, macs=128
         ),
         FLOATS: Kind(FLOATS, ("vfma.f32", "vmla.f32"), ("vfma.f32 q{}, q14, q15",), copies=12, macs=4),
     },
 }
-"""By architecture, as the first part of a target's triple names it."""
+"""By `trace.architecture`."""
 
 
 def kind_of(name: str, target: targets.Target) -> Kind:
     """`name` on the target's architecture."""
-    return KINDS[target.mtriple.partition("-")[0]][name]
+    return KINDS[trace.architecture(target)][name]
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _whole_columns(record: Record) -> tuple[str | None, ...]:
 
 def parser() -> options.Parser:
     """The command line, in the manner of the other benchmarks."""
-    accepted = [name for name, target in targets.presets().items() if target.mtriple.partition("-")[0] in KINDS]
+    accepted = [name for name, target in targets.presets().items() if target.family == "arm"]
     top = options.Parser(prog="python -m benchmarks.static", description=(__doc__ or "").split("\n\n")[0])
     top.add_argument(
         "--targets",

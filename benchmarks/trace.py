@@ -25,7 +25,7 @@ from horq_tvm.errors import HorqError
 from .assembly import Instruction, instructions
 from .mca import Tools, call
 
-EMULATORS = {"aarch64": "qemu-aarch64-static", "armv7": "qemu-arm-static"}
+EMULATORS = {"aarch64": "qemu-aarch64-static", "arm": "qemu-arm-static"}
 SECTION = "kernels"  # apart from libc's .text, so that the kernels' code is known by its addresses
 DTYPE_CODES = {"i": 0, "u": 1, "f": 2}  # DLPack's
 
@@ -66,12 +66,18 @@ class Block:
     runs: int
 
 
+def architecture(target: targets.Target) -> str:
+    """ "aarch64", or "arm" for the 32-bit instructions, which triples call armv7 or armv8."""
+    first = target.mtriple.partition("-")[0]
+    return first if first == "aarch64" else "arm"
+
+
 def trace(tools: Tools, obj: Path, plan: CallPlan, step: Step, symbol: str, target: targets.Target) -> list[Block]:
     """The blocks of one call of the kernel `symbol`, which is what `step` of `plan` calls.
 
     HorqError where the cross compiler or qemu is missing, or the kernel fails.
     """
-    emulator = EMULATORS[target.mtriple.partition("-")[0]]
+    emulator = EMULATORS[architecture(target)]
     if shutil.which(emulator) is None:
         raise HorqError(f"{emulator} is not on PATH (Debian, Ubuntu: apt install qemu-user-static)")
     folder = obj.with_suffix(".trace")

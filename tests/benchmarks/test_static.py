@@ -14,9 +14,9 @@ from benchmarks import assembly, fragments, mca, static
 from benchmarks.fragments import Conv
 from horq_tvm import targets
 from horq_tvm.errors import HorqError
+from tests.end_to_end.emulator import machine
 
 LISTINGS = Path(__file__).parent / "listings"
-needs_targets = pytest.mark.skipif("rpi4" not in targets.names(), reason="targets.yaml has no ARM core yet")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ FLOATS = static.KINDS["aarch64"][static.FLOATS]
 
 
 def target_of(mcpu: str, mtriple: str = "aarch64-linux-gnu") -> targets.Target:
-    return dataclasses.replace(targets.resolve("x86-64"), name=mcpu, mtriple=mtriple, mcpu=mcpu, mattr=())
+    return dataclasses.replace(targets.resolve("aarch64"), name=mcpu, mtriple=mtriple, mcpu=mcpu)
 
 
 def loop_of(kind: static.Kind, more: str = "") -> str:
@@ -64,7 +64,7 @@ def test_a_cpu_without_a_model_is_an_error(tools: mca.Tools) -> None:
 
 
 def test_a_core_without_numbers_is_checked_but_not_timed(tools: mca.Tools) -> None:
-    kind = static.KINDS["armv7"][static.BITS]
+    kind = static.KINDS["arm"][static.BITS]
     cortex_a7, cortex_a72 = (target_of(mcpu, "armv7-linux-gnueabihf") for mcpu in ("cortex-a7", "cortex-a72"))
     unknown = static.analyse(tools, loop_of(kind, "vst1.64 {d16, d17}, [sp:128]"), cortex_a7, kind)
     assert (unknown["cycles"], unknown["model"], unknown["spills"]) == (None, None, kind.copies)
@@ -99,10 +99,10 @@ def test_a_kernel_without_the_loop_is_an_error(tools: mca.Tools) -> None:
         static.analyse(tools, text, target_of("cortex-a72"), BITS)
 
 
-@needs_targets
 def test_records_and_table(
     tools: mca.Tools, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    machine("aarch64")  # skips where the cross compiler or qemu is missing
     monkeypatch.setattr(static, "STAGES", (Conv(14, 128, 32),))
     monkeypatch.setattr(static, "FLOAT_CONVS", {static.STEM: Conv(16, 3, 32, kernel=7, stride=2)})
     out = tmp_path / "static.json"
@@ -124,7 +124,6 @@ def test_records_and_table(
     assert len(shown.splitlines()) == 4 + len(records)
 
 
-@needs_targets
 def test_mistakes_in_the_call(capsys: pytest.CaptureFixture[str]) -> None:
     assert static.main(["--targets", "zen5"]) == 2
     error = capsys.readouterr().err

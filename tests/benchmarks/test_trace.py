@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,12 +12,10 @@ from benchmarks import assembly, fragments, mca, static, trace
 from benchmarks.fragments import Conv
 from horq_tvm import targets
 from horq_tvm.errors import HorqError
+from tests.end_to_end.emulator import machine
 
 LISTINGS = Path(__file__).parent / "listings"
-COMPILER = "aarch64-linux-gnu-gcc"
-CORTEX_A72 = dataclasses.replace(
-    targets.resolve("x86-64"), mtriple="aarch64-linux-gnu", mcpu="cortex-a72", features=(), compiler=(COMPILER,)
-)
+CORTEX_A72 = targets.resolve("rpi4")
 
 
 def test_blocks_that_overlap_are_added_up_and_others_code_is_left_out() -> None:
@@ -33,9 +29,8 @@ def test_blocks_that_overlap_are_added_up_and_others_code_is_left_out() -> None:
     ]
 
 
-@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs {COMPILER} (apt install gcc-aarch64-linux-gnu)")
-@pytest.mark.skipif(shutil.which("qemu-aarch64-static") is None, reason="needs qemu (apt install qemu-user-static)")
 def test_a_kernel_counts_every_bit_once(tmp_path: Path) -> None:
+    machine("aarch64")  # skips where the cross compiler or qemu is missing
     try:
         tools = mca.find_tools()
     except HorqError as error:
