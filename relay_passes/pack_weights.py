@@ -63,7 +63,7 @@ def pack_filters(weight: Array, groups: int, lanes: int) -> Array:
 
 def pack_words(words: Array, groups: int, layout: WeightLayout) -> Array:
     """uint32 [F,kh,kw,words] → the weight operand of `horq.packed_bitserial` in the layout's style."""
-    if layout.style == "words":
+    if layout.style != "nibbles":
         return pack_filters(words, groups, layout.lanes)
     in_bytes = np.ascontiguousarray(words).view("uint8").reshape(len(words), -1)
     return np.moveaxis(by_lanes(in_bytes, groups, layout.lanes), 2, 3)[..., nibble.lane_order(layout.lanes)]

@@ -1,7 +1,84 @@
-"""Schedule rules for ARM with NEON. Each takes a PrimFunc and returns its schedule, or None: not mine."""
+"""Schedule rules for ARM with NEON. Each takes a PrimFunc and returns its schedule, or None. First match wins.
+
+The algorithms, and every rule but the first, are x86's: vectors are 128 bits, that is all. In the first the tile is
+another one. A word of the activation that is spread over a vector is an instruction of the vector pipes here (LD1R, or
+DUP), not a free operand, so tiles have few pixels and many filters.
+"""
 
 from __future__ import annotations
 
-from . import x86
+from math import ceil
 
-RULES: tuple[x86.Rule, ...] = x86.RULES
+from tvm import s_tir, tirx
+
+from horq_tvm.targets import Target
+
+from . import blocks, neon, x86
+from .decisions import Decide, by_default
+from .tile import Loop, Tile, candidates, decided
+
+WORKING = 5  # registers beside accumulators and spread elements: weights, and what is counted before it is added
+LATENCY = 5  # cycles of a multiply-accumulate: a step takes no less
+ISSUE = 3  # instructions a cycle
+LOOP = 4  # of the loop itself
+
+
+def direct_convolution(func: tirx.PrimFunc, target: Target, decide: Decide = by_default) -> s_tir.Schedule | None:
+    """Bitserial and float convolutions with their epilogue, and the next layer's planes, in one tile nest."""
+    sch = s_tir.Schedule(func)
+    reductions = [b for b in blocks.Kernel.of(sch).reductions if blocks.name(sch, b).startswith(x86.ACCUMULATIONS)]
+    if not reductions:
+        return None
+    kind = blocks.name(sch, reductions[0])
+    in_halves = kind.startswith("flush")  # neon.py: the start is added afterwards
+    for block in reductions if not in_halves else ():
+        blocks.fuse_start(sch, block)
+    master, *followers = blocks.inline_elementwise(sch)
+    _, height, width, groups, per_group, lanes = blocks.written_shape(sch, reductions[0])
+    packs = any(blocks.packs(sch, b) for b in followers)
+    loop = Loop(
+        height=height,
+        width=width,
+        blocks=per_group,
+        lanes=lanes,
+        registers=target.vector_registers,
+        latency=LATENCY,
+        q_multiple=max(1, 32 // lanes) if packs else 1,
+        per_step=0.5 if kind.startswith("multiply") else 1.5,
+    )
+    tile = choose(loop, decide)
+    work = neon.work(sch, reductions[0]) if in_halves else blocks.work(sch, reductions[0])
+    nest = x86.tile_nest(sch, master, tile, groups, lanes, work, decide)
+    unroll = 1 if in_halves else decide("unroll", x86.unrolls(sch, reductions[0], tile), 1)
+    for block in reductions:
+        if in_halves:
+            neon.accumulate(sch, block, nest.at)
+        else:
+            x86.accumulate(sch, block, nest.at, unroll)
+    nest.unroll(sch)
+    for block in followers:
+        x86.follow(sch, block, nest.at, tile, lanes)
+    return sch
+
+
+def choose(loop: Loop, decide: Decide = by_default) -> Tile:
+    """The tile with the fewest cycles a step among those whose accumulators leave room for the operands."""
+    found = [tile for tile in candidates(loop) if tile.px * tile.q + tile.px + WORKING <= loop.registers]
+    return decided(loop, found, lambda tile: _score(loop, tile), decide)
+
+
+def _score(loop: Loop, tile: Tile) -> float:
+    """Cycles for one vector of 128 bits (or 4 floats) on a core of two vector pipes and one load pipe (Cortex-A57).
+
+    A step loads q vectors of weights and spreads px elements, each half a cycle of the vector pipes; what is left of a
+    row has a loop of its own.
+    """
+    vectors = tile.px * tile.q
+    pipes = loop.per_step * vectors + 0.5 * tile.px
+    loads = float(tile.px + tile.q)
+    issue = (2 * loop.per_step * vectors + 2 * tile.px + tile.q + LOOP) / ISSUE
+    waste = ceil(loop.width / tile.px) * tile.px / loop.width
+    return waste * max(pipes, loads, issue, float(loop.latency)) / vectors + 0.01 / vectors
+
+
+RULES: tuple[x86.Rule, ...] = (direct_convolution, *x86.RULES[1:])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from horq_tvm.ops.packed import Style
 from horq_tvm.targets import Target
 
-from . import nibble, tile
+from . import neon, nibble, tile
 
 NIBBLE_POPCOUNTS = frozenset({"avx512bw", "avx2", "ssse3"})
 
@@ -25,12 +25,16 @@ def bitserial(target: Target, filters: int, groups: int, row: int) -> WeightLayo
 
     Nibbles where the target counts bits with a byte shuffle: a vector holds a byte a filter then. Where no such vector
     divides a group, or a row is too long for the 16-bit sums, the layer keeps whole words, which any target can count.
+    NEON counts words, but where it has dot products LLVM makes as good a loop of a plain popcount.
     """
     if target.popcount in NIBBLE_POPCOUNTS and row <= nibble.MAX_ROW:
         lanes = _byte_lanes(filters, groups, target.vector_bits // 8)
         if lanes:
             return WeightLayout("nibbles", lanes)
-    return WeightLayout("words", tile.lanes(filters, groups, target.vector_bits))
+    lanes = tile.lanes(filters, groups, target.vector_bits)
+    if target.popcount == "cnt" and lanes == neon.LANES and row <= neon.MAX_ROW and "asimddp" not in target.features:
+        return WeightLayout("uadalp" if target.architecture == "aarch64" else "vpadal", lanes)
+    return WeightLayout("words", lanes)
 
 
 def _byte_lanes(filters: int, groups: int, widest: int) -> int:

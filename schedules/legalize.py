@@ -13,7 +13,7 @@ from horq_tvm.ops import Geometry, shape_of
 from horq_tvm.ops.int8 import activation_of, rows_of, style_of, zero_points_of
 
 from . import conv2d as float_conv
-from . import int8
+from . import int8, neon
 from .binarize import Binarization, binarize
 from .bitserial import Bitserial, bitserial, from_counts
 from .nibble import Shapes, count
@@ -90,6 +90,8 @@ def _packed_bitserial(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
     )
     if str(call.attrs["style"]) == "nibbles":
         return _nibbles(builder, call, spec)
+    if str(call.attrs["style"]) in neon.STYLES:
+        return _halves(builder, call, spec)
     return builder.call_te(lambda *operands: bitserial(spec, *operands), *call.args, primfunc_name_hint="bitserial")
 
 
@@ -101,6 +103,24 @@ def _nibbles(builder: BlockBuilder, call: relax.Call, spec: Bitserial) -> relax.
     for plane in range(spec.order - spec.first):
         kernel = builder.add_func(count(shapes, plane), "count")
         of_plane = relax.call_tir(kernel, [planes, weight, table], relax.TensorType(shapes.output, "uint16"))
+        counts.append(builder.emit(of_plane))
+    return builder.call_te(
+        lambda *operands: from_counts(spec, operands[: len(counts)], *operands[len(counts) :]),
+        *counts,
+        start,
+        *factors,
+        primfunc_name_hint="bitserial",
+    )
+
+
+def _halves(builder: BlockBuilder, call: relax.Call, spec: Bitserial) -> relax.Expr:
+    """The counts of each plane by NEON's additions of pairs, the rest from te."""
+    planes, weight, start, *factors = call.args
+    shapes = neon.Shapes(shape_of(planes), shape_of(weight), spec.geometry)
+    counts = []
+    for plane in range(spec.order - spec.first):
+        kernel = builder.add_func(neon.count(shapes, plane, neon.STYLES[str(call.attrs["style"])]), "count")
+        of_plane = relax.call_tir(kernel, [planes, weight], relax.TensorType(shapes.output, "int32"))
         counts.append(builder.emit(of_plane))
     return builder.call_te(
         lambda *operands: from_counts(spec, operands[: len(counts)], *operands[len(counts) :]),

@@ -6,6 +6,7 @@ What a rule leaves open it asks of `decide`: by default the analytic model's cho
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from tvm import s_tir, tirx
 
@@ -58,8 +59,41 @@ def direct_convolution(func: tirx.PrimFunc, target: Target, decide: Decide = by_
     tile = nibble.choose(loop, decide) if in_bytes else choose(loop, decide)
     work = nibble.work(sch, reductions[0]) if in_bytes else blocks.work(sch, reductions[0])
 
+    nest = tile_nest(sch, master, tile, groups, lanes, work, decide)
+    unroll = 1 if in_bytes else decide("unroll", unrolls(sch, reductions[0], tile), 1)
+    for block in reductions:
+        if in_bytes:
+            nibble.accumulate(sch, block, nest.at)
+        else:
+            accumulate(sch, block, nest.at, unroll)
+    nest.unroll(sch)
+    for block in followers:
+        # Byte lanes: a tile of floats is too large.
+        follow(sch, block, nest.pixel if in_bytes else nest.at, tile, lanes)
+    return sch
+
+
+@dataclass(frozen=True)
+class Nest:
+    """The loops of a tile: `at` is around it, inside are its pixels, vectors of filters, and lanes."""
+
+    at: s_tir.schedule.LoopRV
+    pixel: s_tir.schedule.LoopRV
+    filters: s_tir.schedule.LoopRV
+    lane: s_tir.schedule.LoopRV
+
+    def unroll(self, sch: s_tir.Schedule) -> None:
+        blocks.vectorize(sch, self.lane)
+        sch.unroll(self.pixel)
+        sch.unroll(self.filters)
+
+
+def tile_nest(
+    sch: s_tir.Schedule, master: s_tir.SBlockRV, tile: Tile, groups: int, lanes: int, work: int, decide: Decide
+) -> Nest:
+    """The loops of the block that writes a convolution's output, by tiles; the outermost in parallel."""
     n, y, x, *f = sch.get_loops(master)
-    channels = int(sch.get(f[0]).extent)
+    channels, width = int(sch.get(f[0]).extent), int(sch.get(x).extent)
     if groups == 1:
         g, fo, fq, fv = sch.split(f[0], [1, None, tile.q, lanes])
     else:
@@ -78,18 +112,7 @@ def direct_convolution(func: tirx.PrimFunc, target: Target, decide: Decide = by_
     outer = sch.fuse(n, yo)
     if work >= PARALLEL_WORK:
         sch.parallel(outer if int(sch.get(outer).extent) > 1 else g if groups > 1 or not by_channel else fo)
-    unroll = 1 if in_bytes else decide("unroll", _unrolls(sch, reductions[0], tile), 1)
-    for block in reductions:
-        if in_bytes:
-            nibble.accumulate(sch, block, at)
-        else:
-            _accumulate(sch, block, at, unroll)
-    blocks.vectorize(sch, fv)
-    sch.unroll(xi)
-    sch.unroll(fq)
-    for block in followers:
-        _follow(sch, block, xi if in_bytes else at, tile, lanes)  # byte lanes: a tile of floats is too large
-    return sch
+    return Nest(at, xi, fq, fv)
 
 
 def _by_group(sch: s_tir.Schedule, master: s_tir.SBlockRV, per_group: int, lanes: int) -> list[s_tir.LoopRV]:
@@ -112,13 +135,13 @@ def _by_group(sch: s_tir.Schedule, master: s_tir.SBlockRV, per_group: int, lanes
     return loops if blocks_of_group > 1 else [*loops[:4], sch.add_unit_loop(loops[4]), loops[4]]
 
 
-def _unrolls(sch: s_tir.Schedule, block: s_tir.SBlockRV, tile: Tile) -> list[int]:
+def unrolls(sch: s_tir.Schedule, block: s_tir.SBlockRV, tile: Tile) -> list[int]:
     """How many steps of the innermost reduction may stand in a row: they divide it, and the code stays small."""
     innermost = int(sch.get(sch.get_loops(block)[-1]).extent)
     return [u for u in (1, 2, 3, 4, 8) if u == 1 or (innermost % u == 0 and u * tile.px * tile.q <= UNROLLED_BODIES)]
 
 
-def _accumulate(sch: s_tir.Schedule, block: s_tir.SBlockRV, at: s_tir.LoopRV, unroll: int) -> None:
+def accumulate(sch: s_tir.Schedule, block: s_tir.SBlockRV, at: s_tir.LoopRV, unroll: int) -> None:
     """One plane's (or the float) reduction inside a tile: pixels and vectors unrolled, lanes vectorised."""
     sch.compute_at(block, at, preserve_unit_loops=True)
     _, _, x, _, b, v, ry, rx, rc = sch.get_loops(block)[-9:]
@@ -138,7 +161,7 @@ def _accumulate(sch: s_tir.Schedule, block: s_tir.SBlockRV, at: s_tir.LoopRV, un
     sch.unroll(b)
 
 
-def _follow(sch: s_tir.Schedule, block: s_tir.SBlockRV, at: s_tir.LoopRV, tile: Tile, lanes: int) -> None:
+def follow(sch: s_tir.Schedule, block: s_tir.SBlockRV, at: s_tir.LoopRV, tile: Tile, lanes: int) -> None:
     """A later block of the epilogue, or the packing of the next layer's planes, inside the tile."""
     sch.reverse_compute_at(block, at, preserve_unit_loops=True)
     if blocks.packs(sch, block):

@@ -15,7 +15,7 @@ from tvm import relax
 from .geometry import Geometry
 from .registry import call, register, shape_of, tensor
 
-Style = Literal["words", "nibbles"]
+Style = Literal["words", "nibbles", "uadalp", "vpadal"]
 """How bits lie in memory for the instruction that counts them."""
 
 
@@ -73,8 +73,9 @@ def packed_bitserial(
 ) -> relax.Call:
     """planes uint32 [N,H+t+b,W+l+r,G,P,words] (for `patch` the rows, geometry then 1×1), geometry without padding.
 
-    weight   B = ⌈F/G/v⌉, by style: `words` uint32 [G,B,kh,kw,words,v], a word a lane; `nibbles` uint8
-             [G,B,4·kh·kw·words,v], the bytes of these words, eight channels each, lanes as `nibble.lane_order` has them
+    weight   B = ⌈F/G/v⌉, by style: `words` uint32 [G,B,kh,kw,words,v], a word a lane; so `uadalp` and
+             `vpadal`, v = 4, for NEON's own instructions, see `neon.py`; `nibbles` uint8 [G,B,4·kh·kw·words,v], the
+             bytes of these words, eight channels each, lanes as `nibble.lane_order` has them
     start    int32 [R,C,G,B·v]: what the sum of popcounts starts from, by border class
     factors  `static`: scale float32 [P,F] and addend float32 [R',C',F] (R' = C' = 1 unless the first plane is constant)
              else: alpha float32 [F], bias float32 [F], beta, and for first = 1 first_sum float32 [R,C,F]
