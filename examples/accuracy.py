@@ -71,6 +71,7 @@ class Measured:
 
     runs: dict[str, dict[str, Any]]
     engines: dict[str, dict[str, Any]]
+    layers: dict[str, dict[str, Any]]
     steps: dict[str, dict[str, Any]]
 
     @property
@@ -97,6 +98,8 @@ class Measured:
         for record in records:
             if "engines" in record:
                 self.engines[f"{record['network']}: {' and '.join(record['engines'])}"] = record
+            elif "engine" in record and "outside" in record:
+                self.layers[f"{record['network']}: {record['engine']}"] = record
             else:
                 key = ("network", "order", "scale", "bf16", "batch", "threads")
                 self.steps[" ".join(str(record[part]) for part in key)] = record
@@ -255,6 +258,22 @@ def engines(records: Sequence[dict[str, Any]]) -> list[str]:
     return rows
 
 
+def layers(records: Sequence[dict[str, Any]]) -> list[str]:
+    """A row a network and engine: how its layers do on its own input to them, against PyTorch's arithmetic."""
+    if not records:
+        return ["No results yet."]
+    rows = [
+        "| network | layers of | signs | in doubt | of these differ | others differ | outputs | outside | worst |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in records:
+        excused = r["differing"] - r["wrong"]
+        counts = (f"{r['signs']:.2e}", r["doubtful"], excused, r["wrong"], f"{r['outputs']:.2e}", r["outside"])
+        cells = (r["network"], r["engine"], *map(str, counts), f"{r['worst']:.2f}")
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
 def steps(records: Sequence[dict[str, Any]]) -> list[str]:
     """A row a variant, two columns for convolutions in float32 and in bfloat16: its time as a multiple of float's."""
     if not records:
@@ -285,6 +304,7 @@ TABLES: dict[str, Callable[[Measured], list[str]]] = {
     "estimators": lambda measured: estimators(measured.results),
     "errors": lambda measured: errors(measured.results),
     "engines": lambda measured: engines(list(measured.engines.values())),
+    "layers": lambda measured: layers(list(measured.layers.values())),
     "steps": lambda measured: steps(list(measured.steps.values())),
 }
 
@@ -378,7 +398,7 @@ def _draw_errors(axis: Any, runs: Sequence[Result]) -> None:
 def load(store: Path) -> Measured:
     """What docs/accuracy.json keeps, nothing where it is not there."""
     kept = json.loads(store.read_text()) if store.is_file() else {}
-    return Measured(*(kept.get(part, {}) for part in ("runs", "engines", "steps")))
+    return Measured(*(kept.get(part, {}) for part in ("runs", "engines", "layers", "steps")))
 
 
 def update(paths: Sequence[Path], docs: Path) -> int:

@@ -4,7 +4,8 @@
 
 Two engines' sums of floats differ in the last bit, and where a residual is as good as 0 such a bit flips a sign. So
 images are told apart: those on which every sign of every HORQ layer is equal in two engines, whose predictions must be
-equal and whose scores lie within 1e-5 of the largest, and the others, whose share is reported.
+equal and whose scores lie within 1e-5 of the largest, and the others, whose share is reported. Beside it each layer is
+compared by itself, on the other engine's input to it (`examples.layerwise`).
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from torch import Tensor, nn
 
 import horq_tvm
 from examples import train
+from examples.layerwise import Fed, LayerCheck, LayerTally, library_scales, scales_of, values_of
 from horq_tvm import datasets
 from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.export import to_onnx
 from horq_tvm.files import replacing
 from horq_tvm.nn import HorqConv2d, HorqLayer
 from horq_tvm.onnx_bits import pack_signs
-from horq_tvm.torch_ops import im2col, linear_mean_axes, planes_of, residual_scales
+from horq_tvm.torch_ops import planes_of
 
 BATCH = 100
 SCORES = "scores"
@@ -40,10 +42,10 @@ SCORES = "scores"
 
 @dataclass(frozen=True)
 class Trace:
-    """What an engine gave for a batch: scores float32 [N,classes], and the input of every HORQ layer, by its name."""
+    """What an engine gave for a batch: scores float32 [N,classes], and what every HORQ layer saw, by its name."""
 
     scores: np.ndarray
-    inputs: Mapping[str, Tensor]
+    layers: Mapping[str, Fed]
 
 
 @dataclass(frozen=True)
@@ -74,24 +76,27 @@ class PyTorch:
     """The model in eval mode, with hooks."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self._inputs = model.eval(), {}
+        self.model, self._fed = model.eval(), {}
         for name, layer in horq_layers(model).items():
-            layer.register_forward_pre_hook(lambda _, inputs, name=name: self._inputs.update({name: inputs[0].clone()}))
+            layer.register_forward_hook(
+                lambda _, inputs, y, name=name: self._fed.update({name: Fed(inputs[0].clone(), None, y.clone())})
+            )
 
     def __call__(self, images: Tensor) -> Trace:
         with torch.inference_mode():
             scores = self.model(images).numpy()
-        return Trace(scores, dict(self._inputs))
+        return Trace(scores, dict(self._fed))
 
 
 class OnnxRuntime:
-    """The exported file, whose HORQ nodes' inputs are outputs as well."""
+    """The exported file, whose HORQ nodes' inputs and outputs are outputs of it as well."""
 
     def __init__(self, model: onnx.ModelProto, names: Sequence[str]) -> None:
         proto = onnx.ModelProto()
         proto.CopyFrom(model)
         nodes = {node.name: node for node in proto.graph.node}
-        self._names, self._values = list(names), [nodes[name].input[0] for name in names]
+        self._names = list(names)
+        self._values = [value for name in names for value in (nodes[name].input[0], nodes[name].output[0])]
         for value in dict.fromkeys(self._values):
             proto.graph.output.append(onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None))
         options = onnxruntime.SessionOptions()
@@ -100,7 +105,8 @@ class OnnxRuntime:
 
     def __call__(self, images: Tensor) -> Trace:
         scores, *values = self._session.run([SCORES, *self._values], {"image": images.numpy()})
-        return Trace(scores, {name: torch.from_numpy(v) for name, v in zip(self._names, values, strict=True)})
+        tensors = [torch.from_numpy(value) for value in values]
+        return Trace(scores, {n: Fed(tensors[2 * i], None, tensors[2 * i + 1]) for i, n in enumerate(self._names)})
 
 
 class Library:
@@ -114,22 +120,24 @@ class Library:
 
     def __call__(self, images: Tensor) -> Trace:
         found = self._tapped(images.numpy())
-        inputs = {name: self._input(found[f"tap.{name}.input"], layer) for name, layer in self._layers.items()}
-        return Trace(found[SCORES], inputs)
+        taps = {name: [found[f"tap.{name}.{part}"] for part in ("input", "beta", "output")] for name in self._layers}
+        return Trace(found[SCORES], {name: self._fed(*taps[name], self._layers[name]) for name in taps})
 
     def shipped(self, images: Tensor) -> Trace:
         """Without taps, whose fused kernels keep no inputs to show."""
         return Trace(self._shipped(images.numpy())[SCORES], {})
 
-    def _input(self, tap: np.ndarray, layer: HorqLayer) -> Tensor:
-        """A tap as the layer's module has it: channels come last in a library, in a flattened image too."""
+    def _fed(self, x: np.ndarray, beta: np.ndarray, y: np.ndarray, layer: HorqLayer) -> Fed:
+        """Taps as the layer's module has them: channels come last in a library, in a flattened image too."""
+        scales = library_scales(layer, torch.from_numpy(beta))
         if isinstance(layer, HorqConv2d):
-            return torch.from_numpy(np.ascontiguousarray(np.moveaxis(tap, 3, 1)))
-        rows = tap.reshape(len(tap), -1)
+            x, y = (np.ascontiguousarray(np.moveaxis(tap, 3, 1)) for tap in (x, y))
+            return Fed(torch.from_numpy(x), scales, torch.from_numpy(y))
+        rows = x.reshape(len(x), -1)
         if rows.shape[1] in self._flattened:
             channels, *extents = self._flattened[rows.shape[1]]
             rows = np.moveaxis(rows.reshape(-1, *extents, channels), 3, 1).reshape(rows.shape)
-        return torch.from_numpy(np.ascontiguousarray(rows))
+        return Fed(torch.from_numpy(np.ascontiguousarray(rows)), scales, torch.from_numpy(y.reshape(len(y), -1)))
 
 
 def horq_layers(model: nn.Module) -> dict[str, HorqLayer]:
@@ -157,17 +165,8 @@ def flattened_images(model: nn.Module, image: Sequence[int]) -> dict[int, tuple[
 
 def signs(layer: HorqLayer, x: Tensor) -> Tensor:
     """The planes of a layer's input x[N,...] as bool [N, ...]."""
-    values, axes = x, linear_mean_axes(x.dim(), layer.scale)
-    if isinstance(layer, HorqConv2d):
-        axes = (1, 2, 3)
-        if layer.scale == "patch":
-            values = im2col(x, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
-            axes = (2,)
-    if layer.beta is None:
-        beta = residual_scales(values, layer.order, axes)
-    else:
-        beta = layer.beta.detach().reshape(-1, *[1] * values.dim())
-    return torch.stack(list(planes_of(values, beta)), 1) > 0
+    values, axes = values_of(layer, x)
+    return torch.stack(list(planes_of(values, scales_of(layer, values, axes))), 1) > 0
 
 
 class Tally:
@@ -180,8 +179,8 @@ class Tally:
 
     def add(self, one: Trace, other: Trace, layers: Mapping[str, HorqLayer]) -> None:
         flipped = torch.zeros(len(one.scores), dtype=torch.bool)
-        for name in one.inputs.keys() & other.inputs.keys():
-            differ = signs(layers[name], one.inputs[name]) != signs(layers[name], other.inputs[name])
+        for name in one.layers.keys() & other.layers.keys():
+            differ = signs(layers[name], one.layers[name].input) != signs(layers[name], other.layers[name].input)
             flipped |= differ.flatten(1).any(1)
             self._signs_seen = True
         same = ~flipped.numpy()
@@ -200,8 +199,10 @@ class Tally:
         return Agreement(self._engines, self._images, self._equal, *unflipped)
 
 
-def compare(model: nn.Module, data: train.Images, images: int, folder: Path) -> list[Agreement]:
-    """Every pair of the engines on the first so many test images, a multiple of BATCH."""
+def compare(
+    model: nn.Module, data: train.Images, images: int, folder: Path
+) -> tuple[list[Agreement], list[LayerCheck]]:
+    """Every pair of the engines on the first so many test images, a multiple of BATCH, and each one's layers."""
     layers = horq_layers(model)
     proto = to_onnx(
         model, data.normalised(data.test[:1]), folder / "model.onnx", ["image"], [SCORES], dynamic_batch=True
@@ -212,17 +213,20 @@ def compare(model: nn.Module, data: train.Images, images: int, folder: Path) -> 
     library = Library(folder / "packed.onnx", model, data.test.shape[1:])
     pairs = [("PyTorch", "ONNX Runtime"), ("PyTorch", "horq-tvm"), ("ONNX Runtime", "horq-tvm")]
     tallies = {pair: Tally(*pair) for pair in [*pairs, ("PyTorch", "horq-tvm, fused")]}
+    by_layer = {name: LayerTally(name) for name in ("PyTorch", "ONNX Runtime", "horq-tvm")}
     for batch in data.test[:images].split(BATCH):
         x = data.normalised(batch)
         traces = {"PyTorch": pytorch(x), "ONNX Runtime": runtime(x), "horq-tvm": library(x)}
         traces["horq-tvm, fused"] = library.shipped(x)
         for pair, tally in tallies.items():
             tally.add(traces[pair[0]], traces[pair[1]], layers)
-    return [tally.agreement() for tally in tallies.values()]
+        for name, checked in by_layer.items():
+            checked.add(traces[name].layers, layers)
+    return [tally.agreement() for tally in tallies.values()], [checked.check() for checked in by_layer.values()]
 
 
-def table(agreements: Sequence[Agreement]) -> str:
-    """Lines of Markdown."""
+def table(agreements: Sequence[Agreement], checks: Sequence[LayerCheck]) -> str:
+    """Lines of Markdown: the engines from end to end, and layer by layer."""
     lines = ["| engines | equal predictions | images with a flipped sign | of the others: equal, worst score |"]
     lines.append("|---|--:|--:|--:|")
     for a in agreements:
@@ -231,6 +235,11 @@ def table(agreements: Sequence[Agreement]) -> str:
             flipped = f"{a.flipped / a.images:.2%}"
             others = f"{a.equal_predictions_unflipped} of {a.images - a.flipped}, {a.worst:.1e}"
         lines.append(f"| {' and '.join(a.engines)} | {a.equal_predictions / a.images:.2%} | {flipped} | {others} |")
+    lines += ["", "| layers of | signs | doubtful, differing, wrong | outputs | outside, worst of the tolerance |"]
+    lines.append("|---|--:|--:|--:|--:|")
+    for c in checks:
+        counts = f"{c.doubtful}, {c.differing}, {c.wrong} | {c.outputs:,} | {c.outside}, {c.worst:.2f}"
+        lines.append(f"| {c.engine} | {c.signs:,} | {counts} |")
     return "\n".join(lines)
 
 
@@ -251,16 +260,17 @@ def main(argv: list[str] | None = None) -> int:
         data = train.Images(datasets.load(given.dataset, given.data), seed=0, views=1)
         data.check_fits(settings["network"])
         with tempfile.TemporaryDirectory() as folder:
-            agreements = compare(model, data, given.images, Path(folder))
+            agreements, checks = compare(model, data, given.images, Path(folder))
         if given.json:
-            records: list[dict[str, Any]] = [{"network": given.checkpoint.stem, **asdict(a)} for a in agreements]
+            network = {"network": given.checkpoint.stem}
+            records: list[dict[str, Any]] = [{**network, **asdict(found)} for found in (*agreements, *checks)]
             with replacing(given.json) as partial:
                 partial.write_text(json.dumps(records, indent=1) + "\n")
     except HorqError as error:
         print(f"engines: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    print(table(agreements))
-    return 0 if all(a.holds for a in agreements) else 1
+    print(table(agreements, checks))
+    return 0 if all(found.holds for found in (*agreements, *checks)) else 1
 
 
 if __name__ == "__main__":

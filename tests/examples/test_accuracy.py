@@ -23,6 +23,7 @@ old
 <!-- estimators --><!-- /estimators -->
 <!-- errors --><!-- /errors -->
 <!-- engines --><!-- /engines -->
+<!-- layers --><!-- /layers -->
 <!-- steps --><!-- /steps -->
 End.
 """
@@ -185,7 +186,10 @@ def test_mistakes(docs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
-        ("<!-- svhn --><!-- /svhn -->", "a table 'svhn'; accepted: cifar10, mnist, estimators, errors, engines, steps"),
+        (
+            "<!-- svhn --><!-- /svhn -->",
+            "a table 'svhn'; accepted: cifar10, mnist, estimators, errors, engines, layers, steps",
+        ),
         ("<!-- mnist -->", "found 1 marks of tables of which 0 are closed"),
     ],
 )
@@ -203,7 +207,10 @@ def test_the_page_is_what_its_results_make() -> None:
 
 def test_engines_and_steps(docs: Path, tmp_path: Path) -> None:
     counts = {"images": 200, "equal_predictions": 199, "flipped": 4, "equal_predictions_unflipped": 196}
-    engines = [{"network": "n", "engines": ["a", "b"], **counts, "worst": 2e-7}]
+    engines: list[dict[str, Any]] = [{"network": "n", "engines": ["a", "b"], **counts, "worst": 2e-7}]
+    signs = {"signs": 2_000_000, "doubtful": 7, "differing": 3, "wrong": 1}
+    outputs = {"outputs": 1000, "outside": 0, "worst": 0.5, "means": 1e-7}
+    engines.append({"network": "n", "engine": "b", "images": 200, **signs, **outputs})
     common = {"network": "n", "batch": 64, "threads": 1, "bf16": False}
     variants = [("float", None, 10.0), ("bw", None, 11.0), (2, "patch", 25.0)]
     steps = [{**common, "order": order, "scale": scale, "median_ms": ms} for order, scale, ms in variants]
@@ -211,6 +218,7 @@ def test_engines_and_steps(docs: Path, tmp_path: Path) -> None:
     accuracy.update(files, docs)
     page = (docs / "accuracy.md").read_text()
     assert "| n | a and b | 99.50 % | 2.00 % | 196 of 196, 2.0e-07 |" in page
+    assert "| n | b | 2.00e+06 | 7 | 2 | 1 | 1.00e+03 | 0 | 0.50 |" in page
     assert "| a training step | n, batch 64, 1 thread, float32 |" in page
     assert "| float | 10 ms (1.00 ×) |" in page
     assert "| binary weights, float activations | 11 ms (1.10 ×) |" in page

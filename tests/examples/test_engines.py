@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from examples import engines
+from examples.layerwise import Fed
 from horq_tvm import datasets, zoo
 from horq_tvm.nn import HorqConv2d
 
@@ -55,16 +56,24 @@ def _checkpoint(folder: Path, order: zoo.Order, scale: str = "static") -> Path:
 def test_engines_agree(tmp_path: Path, scale: str, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = _checkpoint(tmp_path, 2, scale), tmp_path / "x.json"
     assert engines.main(["mnist", str(path), "--images", "200", "--json", str(out)]) == 0
-    records = json.loads(out.read_text())
+    found = json.loads(out.read_text())
+    records, checks = found[:4], found[4:]
     assert [r["engines"][1] for r in records] == ["ONNX Runtime", "horq-tvm", "horq-tvm", "horq-tvm, fused"]
     assert all(r["images"] == r["equal_predictions"] == 200 for r in records)
     assert all(r["flipped"] <= 2 and 0 <= r["worst"] < 1e-5 for r in records[:3])
     assert records[3]["flipped"] is records[3]["worst"] is None  # fused kernels show no signs
     assert capsys.readouterr().out.count("| 100.00% |") == 4
+    # Windows of 2×2 at 2×2 places of 6 channels, or the 3×3 values themselves; 20 values into the dense layer; K = 2.
+    values = 2 * ({"patch": 96}.get(scale, 54) + 20)
+    assert [(c["engine"], c["images"], c["signs"], c["outputs"]) for c in checks] == [
+        (name, 200, 200 * values, 200 * (20 + 8)) for name in ("PyTorch", "ONNX Runtime", "horq-tvm")
+    ]
+    assert all(c["wrong"] == c["outside"] == 0 and c["worst"] <= 1 for c in checks)
+    assert checks[0]["worst"] == 0  # the contract's own order of operations
 
 
 def _trace(scores: list[list[float]], x: Tensor) -> engines.Trace:
-    return engines.Trace(np.array(scores, np.float32), {"conv": x})
+    return engines.Trace(np.array(scores, np.float32), {"conv": Fed(x, None, torch.zeros(2, 1, 1, 1))})
 
 
 def _tally(change: Callable[[np.ndarray, Tensor], None]) -> engines.Agreement:
@@ -73,7 +82,7 @@ def _tally(change: Callable[[np.ndarray, Tensor], None]) -> engines.Agreement:
     x = torch.tensor([[1.0, -3.0], [2.0, 5.0]]).reshape(2, 2, 1, 1)
     scores = [[4.0, 1.0], [-8.0, 2.0]]
     one, other = _trace(scores, x), _trace(scores, x.clone())
-    change(other.scores, other.inputs["conv"])
+    change(other.scores, other.layers["conv"].input)
     tally = engines.Tally("a", "b")
     tally.add(one, other, {"conv": layer})
     return tally.agreement()
