@@ -102,19 +102,18 @@ class Loop:
         return tuple(found)
 
     def _on_stack(self, instruction: Instruction, index: int) -> bool:
+        """Follows the address register back through the listing. The frame pointer is a register like any other."""
         address = _ADDRESS.search(instruction.text)
         register = address[1] if address else ""
         for earlier in reversed((*self.before, *self.body[:index])):
-            if register in ("sp", "x29", "r13"):
-                return True
-            if earlier.mnemonic in ("ret", "bx"):
-                break  # another function
+            if register == "sp" or earlier.mnemonic in ("ret", "bx"):  # the end of another function
+                break
             if earlier.defines != register:
                 continue
             if earlier.mnemonic not in ("add", "sub", "mov", "orr"):
                 break
             register = earlier.operands[1]
-        return register in ("sp", "x29", "r13")
+        return register == "sp"
 
     def _from_general_register(self, source: str, index: int) -> bool:
         number = re.match(r"v(\d+)", source)
