@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,18 @@ from torch import Tensor, nn
 
 import horq_tvm
 from examples import train
-from examples.layerwise import Fed, LayerCheck, LayerTally, library_scales, scales_of, values_of
+from examples.layerwise import Fed, LayerCheck, LayerTally, Seen, library_scales
 from horq_tvm import datasets
 from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.export import to_onnx
 from horq_tvm.files import replacing
-from horq_tvm.nn import HorqConv2d, HorqLayer
+from horq_tvm.nn import HorqConv2d, HorqLayer, keep_freed_memory
 from horq_tvm.onnx_bits import pack_signs
-from horq_tvm.torch_ops import planes_of
 
 BATCH = 100
 SCORES = "scores"
+ENGINES = ("PyTorch", "ONNX Runtime", "horq-tvm")
+FUSED = "horq-tvm, fused"
 
 
 @dataclass(frozen=True)
@@ -163,10 +165,19 @@ def flattened_images(model: nn.Module, image: Sequence[int]) -> dict[int, tuple[
     return shapes
 
 
-def signs(layer: HorqLayer, x: Tensor) -> Tensor:
-    """The planes of a layer's input x[N,...] as bool [N, ...]."""
-    values, axes = values_of(layer, x)
-    return torch.stack(list(planes_of(values, scales_of(layer, values, axes))), 1) > 0
+def compare_layers(
+    traces: Mapping[str, Trace], layers: Mapping[str, HorqLayer], tallies: Mapping[str, LayerTally]
+) -> dict[tuple[str, str], np.ndarray]:
+    """Adds to each engine's tally; bool [N] by pair of engines: the images on which a sign of some layer differs."""
+    flips = {pair: torch.zeros(len(traces[pair[0]].scores), dtype=torch.bool) for pair in combinations(traces, 2)}
+    with torch.inference_mode():
+        for name, layer in layers.items():
+            seen = {engine: Seen.of(layer, trace.layers[name].input) for engine, trace in traces.items()}
+            for (one, other), flipped in flips.items():
+                flipped |= seen[one].flipped(seen[other])
+            for engine, tally in tallies.items():
+                tally.add(layer, seen[engine], traces[engine].layers[name])
+    return {pair: flipped.numpy() for pair, flipped in flips.items()}
 
 
 class Tally:
@@ -177,13 +188,10 @@ class Tally:
         self._images = self._equal = self._flipped = self._equal_unflipped = 0
         self._worst, self._signs_seen = 0.0, False
 
-    def add(self, one: Trace, other: Trace, layers: Mapping[str, HorqLayer]) -> None:
-        flipped = torch.zeros(len(one.scores), dtype=torch.bool)
-        for name in one.layers.keys() & other.layers.keys():
-            differ = signs(layers[name], one.layers[name].input) != signs(layers[name], other.layers[name].input)
-            flipped |= differ.flatten(1).any(1)
-            self._signs_seen = True
-        same = ~flipped.numpy()
+    def add(self, one: Trace, other: Trace, flipped: np.ndarray | None) -> None:
+        """`flipped` is None where an engine does not show its signs."""
+        self._signs_seen |= flipped is not None
+        same = np.ones(len(one.scores), np.bool_) if flipped is None else ~flipped
         equal = one.scores.argmax(1) == other.scores.argmax(1)
         apart = np.abs(one.scores - other.scores).max(1) / np.abs(one.scores).max(1)
         self._images += len(same)
@@ -211,18 +219,18 @@ def compare(
     (folder / "packed.onnx").write_bytes(packed.SerializeToString())
     runtime, pytorch = OnnxRuntime(packed, list(layers)), PyTorch(model)
     library = Library(folder / "packed.onnx", model, data.test.shape[1:])
-    pairs = [("PyTorch", "ONNX Runtime"), ("PyTorch", "horq-tvm"), ("ONNX Runtime", "horq-tvm")]
-    tallies = {pair: Tally(*pair) for pair in [*pairs, ("PyTorch", "horq-tvm, fused")]}
-    by_layer = {name: LayerTally(name) for name in ("PyTorch", "ONNX Runtime", "horq-tvm")}
+    pairs = [*combinations(ENGINES, 2), ("PyTorch", FUSED)]
+    tallies = {pair: Tally(*pair) for pair in pairs}
+    # PyTorch's own layers are what the others' are held against.
+    by_layer = {engine: LayerTally(engine) for engine in ENGINES[1:]}
     for batch in data.test[:images].split(BATCH):
         x = data.normalised(batch)
-        traces = {"PyTorch": pytorch(x), "ONNX Runtime": runtime(x), "horq-tvm": library(x)}
-        traces["horq-tvm, fused"] = library.shipped(x)
+        traces = dict(zip(ENGINES, (pytorch(x), runtime(x), library(x)), strict=True))
+        flips = compare_layers(traces, layers, by_layer)
+        traces[FUSED] = library.shipped(x)
         for pair, tally in tallies.items():
-            tally.add(traces[pair[0]], traces[pair[1]], layers)
-        for name, checked in by_layer.items():
-            checked.add(traces[name].layers, layers)
-    return [tally.agreement() for tally in tallies.values()], [checked.check() for checked in by_layer.values()]
+            tally.add(traces[pair[0]], traces[pair[1]], flips.get(pair))
+    return [tally.agreement() for tally in tallies.values()], [tally.check(images) for tally in by_layer.values()]
 
 
 def table(agreements: Sequence[Agreement], checks: Sequence[LayerCheck]) -> str:
@@ -253,6 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.images < BATCH or given.images % BATCH:
         parser.error(f"--images {given.images}; accepted: a multiple of {BATCH}")
+    keep_freed_memory()
     torch.set_num_threads(1)
     try:
         settings = train.read_checkpoint(given.checkpoint)["settings"]

@@ -7,7 +7,7 @@ differs in one sign changes S_i of every filter by 2, and so the output by 2·α
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from horq_tvm.nn import HorqConv2d, HorqLayer
 from horq_tvm.reference import DOUBT
 from horq_tvm.torch_ops import im2col, linear_mean_axes, pad_zeros, planes_of, residual_scales
+
+# In place of a zero that is divided by.
+_LEAST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,26 @@ class LayerCheck:
         return self.wrong == self.outside == 0 and self.means <= DOUBT
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A layer's input as it is quantised, with its own scales: see `values_of` and `scales_of`; planes ±1 [K,...]."""
+
+    values: Tensor
+    scales: Tensor
+    planes: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, layer: HorqLayer, x: Tensor) -> Seen:
+        values, axes = values_of(layer, x)
+        scales = scales_of(layer, values, axes)
+        return cls(values, scales, tuple(planes_of(values, scales)))
+
+    def flipped(self, other: Seen) -> Tensor:
+        """bool [N]: the images on which a sign differs."""
+        differ = [(a != b).flatten(1).any(1) for a, b in zip(self.planes, other.planes, strict=True)]
+        return torch.stack(differ).any(0)
+
+
 def values_of(layer: HorqLayer, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """What the layer quantises of its input x, and the axes of a mean: with `patch`, the windows [N,G,L,HO·WO]."""
     if not isinstance(layer, HorqConv2d):
@@ -83,13 +106,13 @@ def library_scales(layer: HorqLayer, beta: Tensor) -> Tensor:
     return beta.T[:, :, None, None, None]
 
 
-def output_of(layer: HorqLayer, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """The output that follows from the values with these scales, and its tolerance (design: `reference.conv2d`)."""
+def output_of(layer: HorqLayer, scales: Tensor, planes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The output that follows from these scales and planes, and its tolerance (design: `reference.conv2d`)."""
     total = magnitude = torch.zeros(())
-    for scale, plane in zip(scales, planes_of(values, scales), strict=True):
+    for scale, plane in zip(scales, planes, strict=True):
         term = scale * _sums(layer, plane)
         total, magnitude = total + term, magnitude + term.abs()
-    alpha, bias = (_per_filter(layer, values, v) for v in (layer.alpha, layer.bias))
+    alpha, bias = (_per_filter(layer, given) for given in (layer.alpha, layer.bias))
     tolerance = (layer.order + 2) * 2.0**-23 * (alpha * magnitude + bias.abs())
     return total * alpha + bias, tolerance
 
@@ -105,7 +128,7 @@ def _sums(layer: HorqLayer, plane: Tensor) -> Tensor:
     return F.conv2d(padded, weight, None, layer.stride, 0, layer.dilation, layer.groups).round_()
 
 
-def _per_filter(layer: HorqLayer, values: Tensor, given: Tensor | None) -> Tensor:
+def _per_filter(layer: HorqLayer, given: Tensor | None) -> Tensor:
     """α or a bias as it broadcasts against `_sums`; 0 for no bias."""
     if given is None:
         return torch.zeros(())
@@ -131,37 +154,33 @@ class LayerTally:
 
     def __init__(self, engine: str) -> None:
         self._engine = engine
-        self._images = self._signs = self._doubtful = self._differing = self._wrong = 0
+        self._signs = self._doubtful = self._differing = self._wrong = 0
         self._outputs = self._outside = 0
         self._worst = self._means = 0.0
 
-    @torch.inference_mode()
-    def add(self, fed: Mapping[str, Fed], layers: Mapping[str, HorqLayer]) -> None:
-        for name, layer in layers.items():
-            self._add(fed[name], layer)
-        self._images += len(next(iter(fed.values())).input)
-
-    def _add(self, fed: Fed, layer: HorqLayer) -> None:
-        values, axes = values_of(layer, fed.input)
-        own = scales_of(layer, values, axes)
-        theirs = own if fed.beta is None else fed.beta
-        if not torch.equal(own, theirs):
-            doubtful = doubtful_signs(values, own)
-            differing = torch.zeros_like(doubtful)
-            for one, other in zip(planes_of(values, own), planes_of(values, theirs), strict=True):
+    @torch.no_grad()
+    def add(self, layer: HorqLayer, seen: Seen, fed: Fed) -> None:
+        """A layer's share of a batch; `seen` is what PyTorch makes of the input that it was fed."""
+        own, theirs, planes = seen.scales, seen.scales, seen.planes
+        if fed.beta is not None and not torch.equal(own, fed.beta):
+            theirs, planes = fed.beta, tuple(planes_of(seen.values, fed.beta))
+            differing = torch.zeros(seen.values.shape, dtype=torch.bool)
+            for one, other in zip(seen.planes, planes, strict=True):
                 differing |= one != other
+            doubtful = doubtful_signs(seen.values, own)
             self._doubtful += int(doubtful.sum())
             self._differing += int(differing.sum())
             self._wrong += int((differing & ~doubtful).sum())
-            apart = (theirs.double() - own).abs() / own[0].clamp(min=torch.finfo(torch.float32).tiny)
+            apart = (theirs.double() - own).abs() / own[0].clamp(min=_LEAST)
             self._means = max(self._means, float(apart.max()))
-        output, tolerance = output_of(layer, values, theirs)
+        output, tolerance = output_of(layer, theirs, planes)
         error = (fed.output.reshape(output.shape) - output).abs()
-        self._signs += values.numel() * layer.order
+        self._signs += seen.values.numel() * layer.order
         self._outputs += output.numel()
         self._outside += int((error > tolerance).sum())
-        self._worst = max(self._worst, float((error / tolerance.clamp(min=torch.finfo(torch.float32).tiny)).max()))
+        self._worst = max(self._worst, float((error / tolerance.clamp(min=_LEAST)).max()))
 
-    def check(self) -> LayerCheck:
-        counts = (self._images, self._signs, self._doubtful, self._differing, self._wrong, self._outputs, self._outside)
+    def check(self, images: int) -> LayerCheck:
+        """What was counted, over so many images."""
+        counts = (images, self._signs, self._doubtful, self._differing, self._wrong, self._outputs, self._outside)
         return LayerCheck(self._engine, *counts, self._worst, self._means)
