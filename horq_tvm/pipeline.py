@@ -11,6 +11,7 @@ from .ops.int8 import Activation
 from .relay_passes.fold_affine import FoldAffine
 from .relay_passes.fold_constant_plane import FoldConstantPlane
 from .relay_passes.fuse_epilogue import FuseEpilogue
+from .relay_passes.fuse_scales import FuseScales
 from .relay_passes.name_layers import NameLayers
 from .relay_passes.pack_int8 import Int8Target, PackInt8
 from .relay_passes.pack_weights import PackWeights
@@ -64,6 +65,7 @@ def optimise(target: Target) -> tvm.transform.Pass:
 
     return tvm.transform.Sequential(
         [
+            FuseScales(),
             PackInt8(Int8Target(int8.style(target), lanes, target.vector_bits // 32)),
             PackWeights(
                 lanes,

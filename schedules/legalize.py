@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 from tvm import relax
@@ -18,35 +18,60 @@ from .binarize import Binarization, binarize
 from .bitserial import Bitserial, bitserial, from_counts
 from .nibble import Shapes, count
 from .pad import pad_rows
-from .scales import patch_scales, sample_scales
+from .patch import Patch, pixels, rows, rows_of_given
+from .scales import Sample, sample_scales
 
 Legalize = Callable[[BlockBuilder, relax.Call], relax.Expr]
 
 
 def _binarize(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
-    x, beta = call.args
+    x, beta, *line = call.args
+    order, first, geometry = int(call.attrs["order"]), int(call.attrs["first"]), Geometry.of(call.attrs)
     n, h, w, c = shape_of(x)
+    if call.attrs["scale"] == "patch":
+        patch = Patch((n, h, w, c), order, first, geometry)
+        kernel = builder.add_func(rows_of_given(patch), "binarize_rows")
+        return relax.call_tir(kernel, [*_pixels(builder, patch, x, line), beta], out_ty=call.ty)
     spec = Binarization(
-        (n, h, w, c),
-        shape_of(beta),
-        int(call.attrs["order"]),
-        int(call.attrs["first"]),
-        str(call.attrs["scale"]),
-        Geometry.of(call.attrs),
+        (n, h, w, c), shape_of(beta), order, first, str(call.attrs["scale"]), geometry.groups, bool(line)
     )
-    return relax.call_tir(builder.add_func(binarize(spec), "binarize"), [x, beta], out_ty=call.ty)
+    return relax.call_tir(builder.add_func(binarize(spec), "binarize"), [x, beta, *line], out_ty=call.ty)
 
 
 def _scales(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
-    (x,) = call.args
+    x, *line = call.args
     n, h, w, c = shape_of(x)
     order = int(call.attrs["order"])
-    if call.attrs["scale"] == "sample":
-        flat = builder.emit(relax.op.reshape(x, (n, h * w * c)))
-        kernel = builder.add_func(sample_scales(n, h * w * c, order), "scales_sample")
-        return relax.call_tir(kernel, [flat], out_ty=call.ty)
-    kernel = builder.add_func(patch_scales((n, h, w, c), order, Geometry.of(call.attrs)), "scales_patch")
-    return relax.call_tir(kernel, [x], out_ty=call.ty)
+    if call.attrs["scale"] == "patch":
+        patch = Patch((n, h, w, c), order, 0, Geometry.of(call.attrs))
+        return relax.TupleGetItem(_rows(builder, patch, x, line), 0)
+    spec = Sample(n, h * w * c, order, c if line else 0)
+    flat = builder.emit(relax.op.reshape(x, (n, h * w * c)))
+    kernel = builder.add_func(sample_scales(spec), "scales_sample")
+    outputs = [call.ty, relax.TensorType(spec.partial_shape, "float64")]
+    return relax.TupleGetItem(builder.emit(relax.call_tir(kernel, [flat, *line], out_ty=outputs)), 0)
+
+
+def _patch(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+    x, *line = call.args
+    n, h, w, c = shape_of(x)
+    spec = Patch((n, h, w, c), int(call.attrs["order"]), int(call.attrs["first"]), Geometry.of(call.attrs))
+    return _rows(builder, spec, x, line)
+
+
+def _pixels(builder: BlockBuilder, spec: Patch, x: relax.Expr, line: Sequence[relax.Expr]) -> list[relax.Expr]:
+    """What `spec.found` lists."""
+    outputs = [relax.TensorType(shape, dtype) for shape, dtype in spec.found.values()]
+    kernel = builder.add_func(pixels(spec, bool(line)), "binarize_pixels")
+    found = builder.emit(relax.call_tir(kernel, [x, *line], out_ty=outputs))
+    return [builder.emit(relax.TupleGetItem(found, i)) for i in range(len(outputs))]
+
+
+def _rows(builder: BlockBuilder, spec: Patch, x: relax.Expr, line: Sequence[relax.Expr]) -> relax.Expr:
+    """β and planes, a tuple."""
+    kernel = builder.add_func(rows(spec), "binarize_rows")
+    outputs = [relax.TensorType(spec.beta_shape, "float32"), relax.TensorType(spec.planes_shape, "uint32")]
+    return builder.emit(relax.call_tir(kernel, _pixels(builder, spec, x, line), out_ty=outputs))
 
 
 def _pad_planes(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -186,6 +211,7 @@ def _packed_int8(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
 LEGALIZE: Mapping[str, Legalize] = {
     "horq.binarize": _binarize,
     "horq.scales": _scales,
+    "horq.patch": _patch,
     "horq.pad_planes": _pad_planes,
     "relax.nn.pad": _pad,
     "horq.packed_bitserial": _packed_bitserial,

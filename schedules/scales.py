@@ -1,131 +1,131 @@
-"""β_i = mean|R_{i-1}| (Li et al. 2017, eq. 8) of an image or of an im2col row, in one pass over the data per plane.
+"""Scale `sample`: β_i = mean|R_{i-1}| (Li et al. 2017, eq. 8) over an image, in one pass over the data per plane.
 
-design.md allows an error of 1e-6·β_1: float32 lanes over at most 256 elements, summed in float64. The residual is
-recomputed from x and the β found so far, which costs less than keeping it.
+The residual is recomputed from x and the β found so far, which costs less than keeping it. An image is summed by
+chunks, on as many threads as there are, and their sums are added in order: the result does not depend on the threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from horq_tvm.ops import Geometry
+from .lanes import shared, span, splat, tail_lanes
+from .mean import MeanOfMagnitudes
 
-LANES = 16
-BLOCK = 256
-
-Element = Callable[[tirx.Expr | int, int], tirx.Expr]
+BLOCK = 256  # elements in one stretch of straight-line code, or a pixel's channels if they are more
+CHUNKS = 16  # at most so many to an image
 
 
-def sample_scales(batch: int, size: int, order: int) -> tirx.PrimFunc:
-    """x float32 [N, M] (the image, flat) → β float32 [N, K]."""
+@dataclass(frozen=True)
+class Sample:
+    """`size` elements an image; `channels` of them share a factor and an addend each, 0: there are none."""
+
+    batch: int
+    size: int
+    order: int
+    channels: int = 0
+
+    @property
+    def block(self) -> int:
+        """Elements of a stretch of code: whole pixels, so that each has its factors at a fixed place."""
+        if not self.channels:
+            return BLOCK
+        return max(1, BLOCK // self.channels) * self.channels
+
+    @property
+    def chunks(self) -> int:
+        """A divisor of the number of blocks; 1 for an image that is not worth sharing out."""
+        blocks = self.size // self.block
+        return max((c for c in range(1, CHUNKS + 1) if blocks and blocks % c == 0), default=1)
+
+    @property
+    def partial_shape(self) -> tuple[int, int]:
+        return (self.batch, self.chunks)
+
+
+def sample_scales(spec: Sample) -> tirx.PrimFunc:
+    """x float32 [N, M] (the image, flat) → β float32 [N, K], and sums of chunks float64 as `spec` says.
+
+    With channels, x·factor + addend takes the place of x, float32 [C] each, channels last.
+    """
     with IRBuilder() as builder, T.prim_func(private=True, s_tir=True):
         T.func_name("scales_sample")
-        x = T.arg("x", T.Buffer((batch, size), "float32"))
-        beta = T.arg("beta", T.Buffer((batch, order), "float32"))
-        with T.grid(batch) as image, T.sblock("scales"):
-            n = T.axis.spatial(batch, image)
-            T.reads(x[n, 0:size])
-            T.writes(beta[n, 0:order])
-            lanes = T.sblock_alloc_buffer((LANES,), "float64")
-            for k in range(order):
-                betas = [beta[n, i] for i in range(k)]
-
-                def magnitude(offset: tirx.Expr | int, width: int, betas: list[tirx.Expr] = betas) -> tirx.Expr:
-                    return _magnitude(x[n, _span(offset, width)], betas, width)
-
-                _clear(lanes)
-                _accumulate(lanes, magnitude, size)
-                T.buffer_store(beta, _mean(lanes, size), [n, k])
+        x = T.arg("x", T.Buffer((spec.batch, spec.size), "float32"))
+        names = ("factor", "addend") if spec.channels else ()
+        line = [T.arg(name, T.Buffer((spec.channels,), "float32")) for name in names]
+        beta = T.arg("beta", T.Buffer((spec.batch, spec.order), "float32"))
+        partial = T.arg("partial", T.Buffer(spec.partial_shape, "float64"))
+        with T.serial(1), T.sblock("scales"):  # by itself the block would be taken for the function's root
+            T.reads(x[0 : spec.batch, 0 : spec.size], *(operand[0 : spec.channels] for operand in line))
+            T.writes(beta[0 : spec.batch, 0 : spec.order], partial[0 : spec.batch, 0 : spec.chunks])
+            for k in range(spec.order):
+                with shared(spec.batch * spec.chunks, spec.batch * spec.size) as index, T.sblock("chunk"):
+                    n, chunk = tirx.floordiv(index, spec.chunks), tirx.floormod(index, spec.chunks)
+                    T.buffer_store(partial, _sum(spec, x, line, beta, n, chunk, k), [n, chunk])
+                with T.serial(spec.batch) as n:
+                    total = tirx.const(0.0, "float64")
+                    for chunk in range(spec.chunks):
+                        total = total + partial[n, chunk]
+                    mean = total / tirx.const(float(spec.size), "float64")
+                    T.buffer_store(beta, tirx.Cast("float32", mean), [n, k])
     return builder.get()
 
 
-def patch_scales(shape: tuple[int, int, int, int], order: int, geometry: Geometry) -> tirx.PrimFunc:
-    """x float32 [N,H,W,C] → β float32 [N,HO,WO,G,K]; a padded position is an element of value 0."""
-    batch, height, width, channels = shape
-    out, group = geometry.output_size(height, width), channels // geometry.groups
-    extents = (batch, *out, geometry.groups)
-    with IRBuilder() as builder, T.prim_func(private=True, s_tir=True):
-        T.func_name("scales_patch")
-        x = T.arg("x", T.Buffer(shape, "float32"))
-        beta = T.arg("beta", T.Buffer((*extents, order), "float32"))
-        with T.grid(*extents) as loops, T.sblock("scales"):
-            n, y, x_, g = (T.axis.spatial(e, v) for e, v in zip(extents, loops, strict=True))
-            T.reads(x[n, 0:height, 0:width, 0:channels])
-            T.writes(beta[n, y, x_, g, 0:order])
-            lanes = T.sblock_alloc_buffer((LANES,), "float64")
-            for k in range(order):
-                betas = [beta[n, y, x_, g, i] for i in range(k)]
-                _clear(lanes)
-                with T.grid(*geometry.kernel) as (ry, rx):
-                    row = y * geometry.strides[0] + ry * geometry.dilation[0] - geometry.padding[0]
-                    column = x_ * geometry.strides[1] + rx * geometry.dilation[1] - geometry.padding[1]
-                    inside = tirx.all(row >= 0, row < height, column >= 0, column < width)
+def _sum(
+    spec: Sample,
+    x: tirx.Buffer,
+    line: Sequence[tirx.Buffer],
+    beta: tirx.Buffer,
+    n: tirx.Expr,
+    chunk: tirx.Expr,
+    k: int,
+) -> tirx.Expr:
+    """Σ|R_k| over a chunk; what does not fill a block belongs to the last one."""
+    blocks = spec.size // spec.block // spec.chunks
+    whole, rest = _pieces(spec, spec.block), _pieces(spec, spec.size % spec.block)
+    total = MeanOfMagnitudes({lanes for _, lanes in (whole if blocks else []) + rest})
+    scales = [T.bind(beta[n, i]) for i in range(k)]
 
-                    def magnitude(
-                        offset: tirx.Expr | int,
-                        width_: int,
-                        at: tuple[tirx.Expr, ...] = (n, row, column, g),
-                        inside: tirx.Expr = inside,
-                        betas: list[tirx.Expr] = betas,
-                    ) -> tirx.Expr:
-                        value = x[at[0], at[1], at[2], _span(at[3] * group + offset, width_)]
-                        padded = tirx.if_then_else(inside, value, _splat(tirx.const(0.0, "float32"), width_))
-                        return _magnitude(padded, betas, width_)
+    def stretch(begin: tirx.Expr | int, pieces: Sequence[tuple[int, int]]) -> None:
+        for offset, lanes in pieces:
+            value = x[n, span(begin + offset, lanes)]
+            if line:
+                at = span(offset % spec.channels, lanes)
+                value = value * line[0][at] + line[1][at]
+            total.add(_magnitude(value, scales, lanes), lanes)
+        total.flush()
 
-                    _accumulate(lanes, magnitude, group)
-                T.buffer_store(beta, _mean(lanes, geometry.kernel[0] * geometry.kernel[1] * group), [n, y, x_, g, k])
-    return builder.get()
-
-
-def _span(offset: tirx.Expr | int, width: int) -> tirx.Expr | int:
-    return T.Ramp(offset, 1, width) if width > 1 else offset
+    total.clear()
+    if blocks:
+        with T.serial(blocks) as block:
+            stretch((chunk * blocks + block) * spec.block, whole)
+    if rest:
+        begin = spec.size - spec.size % spec.block
+        if spec.chunks == 1:
+            stretch(begin, rest)
+        else:
+            with T.If(chunk == spec.chunks - 1), T.Then():
+                stretch(begin, rest)
+    return total.total()
 
 
-def _splat(value: tirx.Expr, width: int) -> tirx.Expr:
-    return T.Broadcast(value, width) if width > 1 else value
+def _pieces(spec: Sample, size: int) -> list[tuple[int, int]]:
+    """Offsets and lanes of the vectors of `size` elements, none beyond the channels of its pixel."""
+    pixel = spec.channels or size
+    pieces = tail_lanes(pixel)
+    return [(begin + offset, lanes) for begin in range(0, size, max(1, pixel)) for offset, lanes in pieces]
 
 
-def _magnitude(value: tirx.Expr, betas: list[tirx.Expr], width: int) -> tirx.Expr:
-    """|R_k| of `width` elements. |R| − β with its sign dropped is |R − β·sign R|: the chain needs no select.
+def _magnitude(value: tirx.Expr, betas: Sequence[tirx.Expr], lanes: int) -> tirx.Expr:
+    """|R_k| of `lanes` elements. |R| − β with its sign dropped is |R − β·sign R|: the chain needs no select.
 
     R − β·sign(R) = sign(R)·(|R| − β), and negation is exact in float32, so the magnitudes agree to the bit.
     """
     residual = tirx.abs(value)
     for beta in betas:
-        residual = tirx.abs(residual - _splat(beta, width))
+        residual = tirx.abs(residual - splat(beta, lanes))
     return residual
-
-
-def _clear(lanes: tirx.Buffer) -> None:
-    T.buffer_store(lanes, T.Broadcast(tirx.const(0.0, "float64"), LANES), [T.Ramp(0, 1, LANES)])
-
-
-def _accumulate(lanes: tirx.Buffer, magnitude: Element, size: int) -> None:
-    """lanes += Σ magnitude over `size` elements: float32 within a block, float64 across blocks."""
-    if size >= BLOCK:
-        with T.grid(size // BLOCK) as block:
-            _add_block(lanes, magnitude, block * BLOCK, BLOCK // LANES)
-    done = size - size % BLOCK
-    if vectors := (size - done) // LANES:
-        _add_block(lanes, magnitude, done, vectors)
-    for offset in range(done + vectors * LANES, size):
-        T.buffer_store(lanes, lanes[0] + tirx.Cast("float64", magnitude(offset, 1)), [0])
-
-
-def _add_block(lanes: tirx.Buffer, magnitude: Element, offset: tirx.Expr | int, vectors: int) -> None:
-    terms = [magnitude(offset + v * LANES, LANES) for v in range(vectors)]
-    while len(terms) > 1:  # pairwise: shorter dependences and a smaller error
-        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)] + terms[len(terms) & ~1 :]
-    span = T.Ramp(0, 1, LANES)
-    T.buffer_store(lanes, lanes[span] + tirx.Cast(f"float64x{LANES}", terms[0]), [span])
-
-
-def _mean(lanes: tirx.Buffer, size: int) -> tirx.Expr:
-    total = lanes[0]
-    for lane in range(1, LANES):
-        total = total + lanes[lane]
-    return tirx.Cast("float32", total / tirx.const(float(size), "float64"))

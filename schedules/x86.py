@@ -165,7 +165,7 @@ def follow(sch: s_tir.Schedule, block: s_tir.SBlockRV, at: s_tir.LoopRV, tile: T
     """A later block of the epilogue, or the packing of the next layer's planes, inside the tile."""
     sch.reverse_compute_at(block, at, preserve_unit_loops=True)
     if blocks.packs(sch, block):
-        for loop in sch.get_loops(block)[-6:]:
+        for loop in sch.get_loops(block)[-4:]:
             sch.unroll(loop)
         return
     *_, x, f = sch.get_loops(block)

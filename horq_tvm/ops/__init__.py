@@ -28,6 +28,7 @@ from .packed import (
     packed_conv2d,
 )
 from .pad_planes import PAD_PLANES, pad_planes
+from .patch import PATCH, patch
 from .registry import shape_of
 from .scales import SCALES, scales
 
@@ -47,6 +48,7 @@ __all__ = [
     "PACKED_DEPTHWISE",
     "PACKED_INT8",
     "PAD_PLANES",
+    "PATCH",
     "QUANTIZE",
     "SCALES",
     "WORD_BITS",
@@ -66,6 +68,7 @@ __all__ = [
     "packed_conv2d",
     "packed_int8",
     "pad_planes",
+    "patch",
     "quantize",
     "scales",
     "shape_of",

@@ -26,16 +26,16 @@ def _infer(expr: relax.Call) -> relax.TensorType:
     return tensor((batch, *geometry.output_size(height, width), geometry.groups, planes, rows), "uint32")
 
 
-BINARIZE = register("horq.binarize", 2, _infer)
+BINARIZE = register("horq.binarize", -1, _infer)
 
 
 def binarize(
-    x: relax.Expr, beta: relax.Expr, *, order: int, scale: str, geometry: Geometry, first: int = 0
+    x: relax.Expr, beta: relax.Expr, *line: relax.Expr, order: int, scale: str, geometry: Geometry, first: int = 0
 ) -> relax.Call:
     """x float32 [N,H,W,C], β float32 (`static` [1,K], else as `horq.scales`) → uint32 planes.
 
     `sample` and `static`: [N,H,W,G,P,words], unpadded. `patch`: im2col rows [N,HO,WO,G,P,kh·kw·words], a padded
     position being an element of value 0. P = order − first: with first = 1 the first plane is known to be all +1 and is
-    left out.
+    left out. With factor and addend (`line`, float32 [C] each) they are the planes of x·factor + addend.
     """
-    return call(BINARIZE, [x, beta], order=order, scale=scale, first=first, **geometry.attributes())
+    return call(BINARIZE, [x, beta, *line], order=order, scale=scale, first=first, **geometry.attributes())

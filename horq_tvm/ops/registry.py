@@ -9,11 +9,11 @@ import tvm
 from tvm import relax
 from tvm.ir import Op
 
-InferType = Callable[[relax.Call], relax.TensorType]
+InferType = Callable[[relax.Call], "relax.TensorType | relax.TupleType"]
 
 
 def register(name: str, num_inputs: int, infer: InferType) -> Op:
-    """Registers the pure operator `name` with `num_inputs` operands; `infer(call)` gives the type of its one result.
+    """Registers the pure operator `name` with `num_inputs` operands; `infer(call)` gives the type of its result.
 
     A second registration of a name is an error in TVM's registry: a reload of our module takes the operator it finds.
     """

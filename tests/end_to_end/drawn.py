@@ -7,7 +7,7 @@ are NCHW. What is compared is brought to the reference's layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,9 +206,13 @@ def with_given_scales(drawn: Sequence[Drawn], target: str = "native") -> tuple[C
 
 def with_own_scales(drawn: Sequence[Drawn], target: str = "native") -> CompiledModel:
     """General weights and biases; β of the layers that compute theirs are further outputs, beta_<i>."""
-    names = [f"L{i}" for i in range(len(drawn))]
-    configs = {name: layer.config(unit=False) for name, layer in zip(names, drawn, strict=True)}
-    mod = pipeline.rewrite(configs)(canonical(drawn, unit=False))
+    configs = {f"L{i}": layer.config(unit=False) for i, layer in enumerate(drawn)}
+    return with_betas(canonical(drawn, unit=False), configs, target)
+
+
+def with_betas(mod: tvm.IRModule, configs: Mapping[str, LayerConfig], target: str = "native") -> CompiledModel:
+    """The library of a module whose layer L<i> makes its output y<i>; β that it computes are outputs beta_<i>."""
+    mod = pipeline.rewrite(configs)(mod)
     program = read_main(mod)
     beta = {str(v.attrs["name"]): v.args[4] for _, v in program.bindings if op_name(v) in BITSERIAL}
     computed = {f"beta_{n[1:]}": beta[n] for n, c in configs.items() if c.scale != "static"}
@@ -216,7 +220,7 @@ def with_own_scales(drawn: Sequence[Drawn], target: str = "native") -> CompiledM
         for var, value in program.bindings:
             writer.bind(var, value)
         mod = writer.finish(relax.Tuple([*fields_of(program.result), *computed.values()]))
-    labels = [*(f"y{i}" for i in range(len(drawn))), *computed]
+    labels = [*(f"y{i}" for i in range(len(configs))), *computed]
     return compile_module(mod, labels, target)
 
 

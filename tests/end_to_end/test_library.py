@@ -154,7 +154,7 @@ def test_threads_change_no_bit(library: Path, threads: int) -> None:
 def test_threads_change_no_bit_of_a_large_layer(scale: str, tmp_path: Path) -> None:
     """Large enough that every kernel is shared out, with rows that do not divide evenly."""
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((1, 40, 37, 41)).astype("float32")
+    x = rng.standard_normal((1, 48, 37, 41)).astype("float32")
     plan = {"version": 1, "layers": {"conv": {"order": 2, "scale": scale}}}
     if scale == "static":
         plan["layers"]["conv"]["betas"] = [0.8, 0.4]

@@ -122,8 +122,13 @@ def _rows(x: Array, geometry: ops.Geometry) -> Array:
     return np.moveaxis(windows, 5, 3).reshape(*windows.shape[:3], geometry.groups, -1, windows.shape[-1])
 
 
-def _scales(attrs: Any, x: Array) -> Array:
-    order, patch = int(attrs["order"]), attrs["scale"] == "patch"
+def _on_line(x: Array, line: Sequence[Array]) -> Array:
+    """x·factor + addend where they are given."""
+    return (x * line[0] + line[1]).astype("float32") if line else x
+
+
+def _scales(attrs: Any, x: Array, *line: Array, scale: str | None = None) -> Array:
+    order, patch, x = int(attrs["order"]), (scale or attrs["scale"]) == "patch", _on_line(x, line)
     values = _rows(x, ops.Geometry.of(attrs)) if patch else x
     axes = (-2, -1) if patch else (1, 2, 3)
     residual, betas = values.astype("float32"), []
@@ -134,9 +139,15 @@ def _scales(attrs: Any, x: Array) -> Array:
     return np.stack(betas, -1)
 
 
-def _binarize(attrs: Any, x: Array, beta: Array) -> Array:
+def _patch(attrs: Any, x: Array, *line: Array) -> tuple[Array, Array]:
+    beta = _scales(attrs, x, *line, scale="patch")
+    return beta, _binarize(attrs, x, beta, *line, scale="patch")
+
+
+def _binarize(attrs: Any, x: Array, beta: Array, *line: Array, scale: str | None = None) -> Array:
     order, first, geometry = int(attrs["order"]), int(attrs["first"]), ops.Geometry.of(attrs)
-    if attrs["scale"] == "patch":
+    x = _on_line(x, line)
+    if (scale or attrs["scale"]) == "patch":
         rows = _rows(x, geometry)
         packed = [_pack(bits) for bits in _residuals(rows, beta[..., None, None, :], order)[first:]]
         return np.stack([words.reshape(*words.shape[:4], -1) for words in packed], 4)
@@ -227,6 +238,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "horq.dense": lambda attrs, x, w: x.astype("float64") @ w.astype("float64").T,
     "horq.scales": _scales,
     "horq.binarize": _binarize,
+    "horq.patch": _patch,
     "horq.bitserial_conv2d": _bitserial,
     "horq.bitserial_dense": _bitserial,
     "horq.pad_planes": _pad_planes,
