@@ -23,6 +23,14 @@ def count(text: str) -> int:
     return int(text)
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """1,2: numbers from 1, each once."""
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) >= 1 for word in words):
+        raise argparse.ArgumentTypeError(f"found {text!r}; accepted: numbers from 1, as in 1,2")
+    return tuple(dict.fromkeys(int(word) for word in words))
+
+
 def seconds(text: str) -> float:
     """A time above 0."""
     try:

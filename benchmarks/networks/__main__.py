@@ -6,6 +6,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from horq_tvm import peers, targets
@@ -24,19 +25,26 @@ from .subjects import Subject
 
 
 def measure(given: argparse.Namespace, setting: Setting, folder: Path) -> Iterator[Record]:
-    """The records, network by network; all engines of a network take turns, whatever their setting."""
-    with pinned(setting.threads):
+    """The records, network by network and batch by batch; all engines of one take turns, whatever their setting."""
+    with pinned(1):
         peaks = Peaks.find(setting.target)
-        for name in given.network:
-            variants = subjects.find(name, setting.batch, given.activations, given.twin, folder)
-            feeds = subjects.feeds(variants[0])
-            found = [engine for variant in variants for engine in _ours(given, setting, variant)]
-            found += engines.rivals(setting, variants[0], given.peers, feeds)
-            setting.say(f"{variants[0].name}: timing {len(found)} engines")
-            samples = engines.time_in_turn(setting, found, peaks, feeds)
-            kept = engines.fastest(found, samples)
-            for engine in kept:
-                yield report.record(setting, variants[0].name, engine, kept, samples, peaks)
+    for name in given.network:
+        for batch in given.batch:
+            yield from _measured(given, replace(setting, batch=batch), name, peaks, folder)
+
+
+def _measured(given: argparse.Namespace, setting: Setting, name: str, peaks: Peaks, folder: Path) -> Iterator[Record]:
+    """The records of a network and batch."""
+    variants = subjects.find(name, setting.batch, given.activations, given.twin, folder)
+    feeds = subjects.feeds(variants[0])
+    found = [engine for variant in variants for engine in _ours(given, setting, variant)]
+    for threads in setting.threads:
+        found += engines.rivals(setting, variants[0], given.peers, feeds, threads)
+    setting.say(f"{variants[0].name}: timing {len(found)} engines")
+    samples = engines.time_in_turn(setting, found, peaks, feeds)
+    kept = engines.fastest(found, samples)
+    for engine in kept:
+        yield report.record(setting, variants[0].name, engine, kept, samples, peaks)
 
 
 def _ours(given: argparse.Namespace, setting: Setting, subject: Subject) -> Iterator[Engine]:
@@ -46,7 +54,7 @@ def _ours(given: argparse.Namespace, setting: Setting, subject: Subject) -> Iter
         for scale in given.scales:
             for rest in given.rest:
                 if order > 1 or subject.activation != "relu":
-                    yield engines.ours(setting, subject, order, scale, rest, feeds)
+                    yield from engines.ours(setting, subject, order, scale, rest, feeds)
 
 
 def parser() -> options.Parser:
@@ -84,8 +92,8 @@ def parser() -> options.Parser:
         default="deployed",
         help="the peers' network: as one deploys it in float (BN folded, ReLUs), or with our BNs and PReLUs",
     )
-    options.add_threads_option(top)
-    top.add_argument("--batch", type=arguments.count, default=1, metavar="N", help="images a call (default: 1)")
+    for option, text in (("--threads", "threads of a run, timed in turn"), ("--batch", "images a call")):
+        top.add_argument(option, type=arguments.counts, default=(1,), metavar="1,2", help=f"{text} (default: 1)")
     top.add_argument("--target", default=targets.NATIVE, metavar="NAME", help="what to compile for (default: native)")
     top.add_argument(
         "--seconds", type=arguments.seconds, default=2.0, metavar="S", help="how long to time each engine (default: 2)"
@@ -104,7 +112,7 @@ def run(given: argparse.Namespace) -> None:
     if given.keep is not None:
         given.keep.mkdir(parents=True, exist_ok=True)
     with progress() as say, tempfile.TemporaryDirectory(prefix="horq-networks-") as scratch:
-        setting = Setting(target, given.threads, given.batch, given.seconds, say)
+        setting = Setting(target, given.threads, given.batch[0], given.seconds, say)
         records = list(measure(given, setting, given.keep or Path(scratch)))
     if given.json is not None:
         write_json(given.json, records)

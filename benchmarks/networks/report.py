@@ -29,7 +29,7 @@ def record(
         "order": engine.order,
         "scale": engine.scale,
         "rest": engine.rest,
-        "threads": setting.threads,
+        "threads": engine.threads,
         "batch": setting.batch,
         "activation": engine.activation,
         "target": setting.target.name if engine.name == OURS else None,
@@ -41,17 +41,25 @@ def record(
     }
     if engine.form is not None:
         found["form"] = engine.form
+    alone = [other for other in engines if other.threads == 1 and _same(other, engine)]
+    if engine.threads > 1 and alone:
+        found["over_one_thread"] = ratio(samples[alone[0].label], rounds)
     if engine.library is not None:
-        rivals = [rival for rival in engines if rival.library is None]
+        rivals = [rival for rival in engines if rival.library is None and rival.threads == engine.threads]
         found["speedup"] = {rival.name: ratio(samples[rival.label], rounds) for rival in rivals}
-        found |= where(setting, engine.library, engine, samples, peaks)
+        found |= where(engine.library, engine, samples, peaks)
     return found
 
 
-def where(setting: Setting, library: Library, engine: Engine, samples: Samples, peaks: Peaks) -> Record:
+def _same(a: Engine, b: Engine) -> bool:
+    """Whether they differ in the number of threads alone; of a peer its fastest form is taken, whichever that is."""
+    return (a.name, a.order, a.scale, a.rest, a.activation) == (b.name, b.order, b.scale, b.rest, b.activation)
+
+
+def where(library: Library, engine: Engine, samples: Samples, peaks: Peaks) -> Record:
     """What a record of ours says beside its time: the classes, the floor by kind, the share outside of the floor."""
     one = peaks.rates(samples)
-    rates: Rates = {kind: rate * setting.threads for kind, rate in one.items()}
+    rates: Rates = {kind: rate * engine.threads for kind, rate in one.items()}
     total = statistics.median(samples[engine.label]) / 1e6
     names = step_names(engine.label, len(library.steps))
     steps = [statistics.median(samples[name]) / 1e6 for name in names]
@@ -76,6 +84,7 @@ def describe(records: Sequence[Record]) -> str:
 def _times(records: Sequence[Record]) -> str:
     first = records[0]
     rivals = list(dict.fromkeys(name for r in records for name in r.get("speedup", {})))
+    scales = any("over_one_thread" in r for r in records)
     columns = ("engine", "K", "scale", "rest", "input", "median ms", "min ms", "cold ms", "block")
     rows = [
         (
@@ -84,11 +93,13 @@ def _times(records: Sequence[Record]) -> str:
             *(round(r[key], 3) for key in ("median_ms", "min_ms", "cold_ms")),
             r["block"],
             *(f"{r['speedup'][peer]:.2f}x" if peer in r.get("speedup", {}) else "" for peer in rivals),
+            *([f"{r['over_one_thread']:.2f}x"] if "over_one_thread" in r else [""] if scales else []),
         )
         for r in records
     ]
     title = f"{first['network']}, {first['threads']} thread(s), batch {first['batch']}"
-    return f"{title}\n{table((*columns, *(f'vs {_short(peer)}' for peer in rivals)), rows)}"
+    added = [f"vs {_short(peer)}" for peer in rivals] + ["vs 1 thread"] * scales
+    return f"{title}\n{table((*columns, *added), rows)}"
 
 
 def _short(peer: str) -> str:

@@ -137,7 +137,7 @@ class ZooNetwork:
             network = make().train()
             with torch.no_grad():
                 network(zoo.example(self.name, STATISTICS_BATCH))
-            path = self.folder / f"{self.name}-{self.activation}-{form}.onnx"
+            path = self.folder / f"{self.name}-{self.activation}-{form}-{self.batch}.onnx"
             to_onnx(network.eval(), zoo.example(self.name, self.batch), path, [IMAGE], ["scores"])
             self.made[form] = path
         return self.made[form]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -184,8 +185,8 @@ def test_the_same_twin_keeps_our_nonlinearities(small: str, tmp_path: Path) -> N
 def test_plain_tvm_computes_the_network(small: str, tmp_path: Path) -> None:
     network = subject(tmp_path)
     feeds = subjects.feeds(network)
-    setting = engines.Setting(targets.resolve("native"), 1, 1, 0.01)
-    found = engines.plain_tvm(network.twin(), setting, feeds)()
+    setting = engines.Setting(targets.resolve("native"), (1,), 1, 0.01)
+    found = engines.plain_tvm(network.twin(), setting, feeds, 1)()
     session = ort.InferenceSession(str(network.twin()), providers=["CPUExecutionProvider"])
     (expected,) = session.run(None, dict(feeds))
     result = found if hasattr(found, "numpy") else found[0]
@@ -252,6 +253,32 @@ def test_a_float_file_by_its_path_and_an_int8_rest(
     assert ours["rest"] == "int8"
     assert set(ours["floor_ms"]) == {"binary", "int8"}
     assert ours["breakdown_ms"]["rest"] > 0
+
+
+def test_threads_in_one_run_and_batches_one_after_the_other(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--network", small, "--orders", "1", "--peers", "onnxruntime", "--threads", "1,2", "--batch", "1,3"]
+    assert command.main([*words, "--seconds", "0.001", "--json", str(tmp_path / "out.json")]) == 0
+    records = json.loads((tmp_path / "out.json").read_text())
+    expected = [
+        (batch, threads, engine) for batch in (1, 3) for engine in ("horq-tvm", "onnxruntime") for threads in (1, 2)
+    ]
+    assert [(r["batch"], r["threads"], r["engine"]) for r in records] == expected
+    assert [r["threads"] for r in records if "over_one_thread" in r] == [2] * 4
+    assert all(set(r["speedup"]) == {"onnxruntime"} for r in records if r["engine"] == "horq-tvm")
+    one, two, *_ = (r["floor_ms"]["binary"] * r["peak_gmacs"]["binary"] for r in records if r["engine"] == "horq-tvm")
+    assert one == pytest.approx(2 * two)
+    assert "vs 1 thread" in capsys.readouterr().out
+
+
+def test_one_thread_is_pinned_while_it_runs() -> None:
+    seen = []
+    allowed = os.sched_getaffinity(0)
+    for threads in (1, 2):
+        engines.block_probe("net", lambda: seen.append(os.sched_getaffinity(0)), threads)()
+        assert seen[-1] == ({max(allowed)} if threads == 1 else allowed)
+    assert os.sched_getaffinity(0) == allowed
 
 
 def test_peers_get_a_file_whose_batch_is_fixed(small: str, tmp_path: Path) -> None:
@@ -338,7 +365,8 @@ def test_same_padding_is_that_of_onnx(inputs: dict[str, int], tmp_path: Path) ->
         ("--scales batch", "found 'batch'; accepted: patch, sample, static"),
         ("--rest int4", "found 'int4'; accepted: float32, int8"),
         ("--peers openvino", "accepted: onnxruntime, onnxruntime-int8, tvm"),
-        ("--threads 0", "found '0'"),
+        ("--threads 0", "found '0'; accepted: numbers from 1, as in 1,2"),
+        ("--batch 1,x", "found '1,x'"),
         ("--target zen6", "unknown target 'zen6'"),
         ("--json /absent/folder/x.json", "/absent/folder"),
     ],
