@@ -268,6 +268,9 @@ def _map(sch: s_tir.Schedule, block: s_tir.SBlockRV, target: Target, decide: Dec
     if source is not None and extent >= lanes:
         _transpose(sch, block, source, decide("square", SQUARES, TRANSPOSE))
         return
+    if source is not None and len(outer) > 1:
+        _interleave(sch, block, source)
+        return
     # A block with loops of its own (the means of an image) has vectors of its own.
     if extent % lanes == 0 and isinstance(sch.get(block).body, tirx.BufferStore):
         wide = [v for v in (lanes, 2 * lanes, 4 * lanes) if extent % v == 0]
@@ -289,6 +292,21 @@ def _transpose(sch: s_tir.Schedule, block: s_tir.SBlockRV, source: int, side: in
     outer = [ro if loop.same_as(read) else loop for loop in loops[:-1]]
     sch.reorder(*outer, wo, ri, wi)
     sch.vectorize(wi)
+    top = sch.fuse(*outer)
+    if blocks.work(sch, block) >= PARALLEL_WORK:
+        sch.parallel(top)
+
+
+def _interleave(sch: s_tir.Schedule, block: s_tir.SBlockRV, source: int) -> None:
+    """A map that reads along loop `source` and writes a few values along the last one: RGB planes into pixels.
+
+    The loop that is read along stays a loop of its own. Fused with the others, its index would be a division's
+    remainder, and no vector could load along it.
+    """
+    *outer, last = sch.get_loops(block)
+    read = outer.pop(source)
+    sch.reorder(*outer, read, last)
+    sch.unroll(last)
     top = sch.fuse(*outer)
     if blocks.work(sch, block) >= PARALLEL_WORK:
         sch.parallel(top)
