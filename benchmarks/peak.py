@@ -182,7 +182,9 @@ def _loop(way: Way) -> tirx.PrimFunc:
 
 def _step(way: Way, acc: tirx.Expr, w: tirx.Expr) -> tirx.Expr:
     if way.shuffle:
-        return acc + T.call_llvm_pure_intrin(f"{way.dtype}x{way.lanes}", way.shuffle, w, acc)
+        found = T.call_llvm_pure_intrin(f"{way.dtype}x{way.lanes}", way.shuffle, w, acc)
+        # As the kernels add: on Zen 5 the addition that saturates is never put on the pipes that shuffle.
+        return T.call_llvm_pure_intrin(f"{way.dtype}x{way.lanes}", "llvm.uadd.sat", acc, found)
     if way.dot:
         return _dot(way, acc, w)
     if way.chain:

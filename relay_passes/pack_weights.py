@@ -25,7 +25,7 @@ Layout = Callable[[int, int, int], WeightLayout]
 
 @tvm.transform.module_pass(opt_level=0, name="PackWeights")
 class PackWeights:
-    """horq.bitserial_* → (horq.pad_planes →) horq.packed_bitserial; horq.conv2d, horq.dense → packed convolutions.
+    """horq.bitserial_* → (horq.pad_planes, horq.split_nibbles →) horq.packed_bitserial; float layers → packed ones.
 
     `lanes(filters of a group, groups)` says how many output channels a kernel works on side by side, and
     `layout(filters, groups, elements of a row)` how the bits of a layer lie; by default as words in those lanes. Equal
@@ -102,7 +102,7 @@ class _Packer:
         packed = ops.packed_bitserial(
             planes if patch else self._pad(planes, sums.geometry.padding, ops.pad_planes),
             # A row of `patch` lists its window tap by tap, as a filter's words do.
-            constant(pack_words(words.reshape(len(words), 1, 1, -1) if patch else words, groups, layout)),
+            self._filters(words.reshape(len(words), 1, 1, -1) if patch else words, groups, layout, sums.pixels),
             constant(start.reshape(*start.shape[:3], -1)),
             _factors(sums, beta),
             name=str(value.attrs["name"]),
@@ -118,6 +118,12 @@ class _Packer:
             table=constant(nibble.table()) if layout.style == "nibbles" else None,
         )
         return self.writer.emit(packed)
+
+    def _filters(self, words: Array, groups: int, layout: WeightLayout, pixels: int) -> relax.Expr:
+        """The weight operand: a constant, or what is made of one in each run where many pixels share it."""
+        packed = constant(pack_words(words, groups, layout))
+        splits = layout.style == "nibbles" and nibble.splits(layout.lanes, pixels)
+        return self.writer.emit(ops.split_nibbles(packed)) if splits else packed
 
     def conv2d(self, value: relax.Call) -> relax.Expr:
         """horq.packed_conv2d or horq.packed_depthwise over a padded image."""
@@ -178,9 +184,11 @@ class WindowSums:
         self.weight, self.alpha, self.bias = weight, alpha, bias
         self.geometry = ops.Geometry.of(attrs)
         self.order, self.first, self.scale = int(attrs["order"]), int(attrs["first"]), str(attrs["scale"])
-        height, width = size = ops.shape_of(value.args[0])[1:3]
+        batch, height, width = ops.shape_of(value.args[0])[:3]
         # The rows of `patch` are those of the output already.
-        out_height, out_width = size if self.scale == "patch" else self.geometry.output_size(height, width)
+        patch = self.scale == "patch"
+        out_height, out_width = (height, width) if patch else self.geometry.output_size(height, width)
+        self.pixels = batch * out_height * out_width  # outputs of a filter
         self.rows, rows = self._classes(height, out_height, axis=0)
         self.columns, columns = self._classes(width, out_width, axis=1)
         # bool [R,C,kh,kw]: which taps are real

@@ -16,7 +16,7 @@ from . import conv2d as float_conv
 from . import int8, neon
 from .binarize import Binarization, binarize
 from .bitserial import Bitserial, bitserial, from_counts
-from .nibble import Shapes, count
+from .nibble import Shapes, count, split
 from .pad import pad_rows
 from .patch import Patch, pixels, rows, rows_of_given
 from .scales import Sample, sample_scales
@@ -99,6 +99,12 @@ def _pad_rows(builder: BlockBuilder, call: relax.Call, before: tuple[int, int], 
     out = relax.TensorType([n, top + h + bottom, (left + w + right) * pixel], call.ty.dtype)
     padded = builder.emit(relax.call_tir(builder.add_func(func, "pad"), [flat], out_ty=out))
     return relax.op.reshape(padded, shape_of(call))
+
+
+def _split_nibbles(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+    (weight,) = call.args
+    # Whoever looks for the kernels of bitserial layers finds this one too: it is part of what they cost.
+    return relax.call_tir(builder.add_func(split(shape_of(weight)), "split_bitserial"), [weight], out_ty=call.ty)
 
 
 def _packed_bitserial(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -214,6 +220,7 @@ LEGALIZE: Mapping[str, Legalize] = {
     "horq.patch": _patch,
     "horq.pad_planes": _pad_planes,
     "relax.nn.pad": _pad,
+    "horq.split_nibbles": _split_nibbles,
     "horq.packed_bitserial": _packed_bitserial,
     "horq.packed_conv2d": _packed_conv2d,
     "horq.packed_depthwise": _packed_depthwise,

@@ -6,10 +6,14 @@ shuffle of x86 (PSHUFB) looks up a vector of weight nibbles in it, a byte lane p
     bytes[lane] += TABLE[a][w[lane]]
 
 So four multiply-accumulates of each lane take a shuffle and an addition. What is loaded for it is shared: the weight
-vector by the pixels of a tile, the table by its vectors of output channels. Weights stay bits: a byte of a lane holds
-eight channels, its nibbles are split in registers. The tables of both nibbles of an activation byte stand side by side
-in one row of 32 bytes, 256 rows: one index for two look-ups is what a core that issues four instructions a cycle needs
-(llvm-mca: 1.01 cycles a look-up against 1.15 on Haswell, 1.20 against 1.58 on Skylake-SP).
+vector by the pixels of a tile, the table by its vectors of output channels. The tables of both nibbles of an activation
+byte stand side by side in one row of 32 bytes, 256 rows: one index for two look-ups is what a core that issues four
+instructions a cycle needs (llvm-mca: 1.01 cycles a look-up against 1.15 on Haswell, 1.20 against 1.58 on Skylake-SP).
+
+Weights are stored as bits: a byte of a lane holds eight channels. To split it in registers takes a shift and two ANDs
+for two look-ups a pixel of the tile, a sixth of all vector instructions. Where many pixels share the weights they are
+split beforehand instead, once a run of the layer, into twice their size (`split`, `splits`); then the tile also has
+registers left for more pixels.
 
 A byte lane takes at most 63 such steps (63·4 = 252 < 256); after each run of them the bytes are flushed into 16-bit
 sums. That takes no shuffle either: the even bytes of a vector are its 16-bit lanes modulo 256, the odd ones their
@@ -19,7 +23,7 @@ quotients, so byte lane 2j holds output channel j and byte lane 2j+1 holds chann
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -36,6 +40,10 @@ from .tile import STACK_BYTES, Loop, Tile, decided, rows
 
 MAX_STEPS = 63  # nibbles that a byte can count: 4 bits each, 63·4 = 252
 MAX_ROW = (1 << 16) - 1  # elements of a row that a 16-bit sum can count
+SPLIT_PIXELS = 16  # from the fourth tile of pixels on, the work that is saved exceeds that of writing weights anew
+SPLIT_LANES = 32  # SSE overwrites an operand: it copies the table for each vector of filters, so it has one a tile
+SPLIT_AXES = 5  # of weights split beforehand; no other operand has as many
+MAX_BODIES = 256  # look-ups in a row of code
 STEPS_OF_WORD = 8
 BYTES_OF_WORD = 4
 TABLE_SHAPE = (256, 2, 16)
@@ -59,9 +67,14 @@ def run_length(words: int) -> int:
     return max(d for d in range(1, MAX_STEPS // STEPS_OF_WORD + 1) if words % d == 0)
 
 
+def splits(lanes: int, pixels: int) -> bool:
+    """Whether a layer of `pixels` outputs a channel counts from weights split beforehand."""
+    return lanes >= SPLIT_LANES and pixels >= SPLIT_PIXELS
+
+
 @dataclass(frozen=True)
 class Shapes:
-    """Extents of a count: planes uint32 [N,H,W,G,P,words], weight uint8 [G,B,4·kh·kw·words,v]."""
+    """Extents of a count: planes uint32 [N,H,W,G,P,words], weight uint8 [G,B,4·kh·kw·words,v] or split, [...,2,v]."""
 
     planes: tuple[int, ...]
     weight: tuple[int, ...]
@@ -69,7 +82,12 @@ class Shapes:
 
     @property
     def lanes(self) -> int:
-        return self.weight[3]
+        return self.weight[-1]
+
+    @property
+    def split(self) -> bool:
+        """Whether the weights come a nibble a byte."""
+        return len(self.weight) == SPLIT_AXES
 
     @property
     def runs(self) -> tuple[int, int]:
@@ -101,6 +119,26 @@ def count(shapes: Shapes, plane: int) -> tirx.PrimFunc:
     return builder.get()
 
 
+def split(shape: tuple[int, ...]) -> tirx.PrimFunc:
+    """weight uint8 [G,B,4·kh·kw·words,v] → uint8 [G,B,4·kh·kw·words,2,v], low nibbles and high ones."""
+    *outer, lanes = shape
+    with IRBuilder() as builder, T.prim_func(private=True, s_tir=True):
+        T.func_name("split")
+        weight = T.arg("weight", T.Buffer(_wide(shape), "uint8"))
+        nibbles = T.arg("nibbles", T.Buffer(_wide((*outer, 2, lanes)), "uint8"))
+        with T.grid(*_wide(outer)) as loops:  # noqa: SIM117
+            with T.sblock("split"):
+                at = _axes(T.axis.spatial, outer, loops)
+                every, span = T.Ramp(_index(0), _index(1), lanes), slice(0, lanes)
+                read, written, vector = (*at, span), (*at, slice(0, 2), span), (*at, every)
+                T.reads(weight[read])
+                T.writes(nibbles[written])
+                bits = weight[vector]
+                T.buffer_store(nibbles, bits & _splat(15, "uint8", lanes), [*at, 0, every])
+                T.buffer_store(nibbles, bits >> _splat(4, "uint8", lanes), [*at, 1, every])
+    return builder.get()
+
+
 def _nibbles(
     shapes: Shapes, plane: int, operands: tuple[tirx.Buffer, tirx.Buffer, tirx.Buffer], in_bytes: tirx.Buffer
 ) -> None:
@@ -119,13 +157,17 @@ def _nibbles(
             at = (n, y * sy + ky * dy, x * sx + kx * dx, g, plane, word)
             byte, half = index * BYTES_OF_WORD + step // 2, step % 2
             every, span = T.Ramp(v * lanes, _index(1), lanes), slice(v * lanes, v * lanes + lanes)
-            T.reads(planes[at], weight[g, b, byte, span], lookup[tuple(slice(0, e) for e in TABLE_SHAPE)])
+            stored = (g, b, byte, half) if shapes.split else (g, b, byte)
+            read, vector = (*stored, span), (*stored, every)
+            T.reads(planes[at], weight[read], lookup[tuple(slice(0, e) for e in TABLE_SHAPE)])
             T.writes(in_bytes[n, y, x, g, b, run, span])
             with T.init():
                 T.buffer_store(in_bytes, _splat(0, "uint8", lanes), [n, y, x, g, b, run, every])
             activation = (planes[at] >> tirx.Cast("uint32", step // 2 * 8)) & tirx.const(255, "uint32")
             values = lookup[tirx.Cast("int64", activation), half, T.Ramp(_index(0), _index(1), 16)]
-            nibbles = (weight[g, b, byte, every] >> _splat(half * 4, "uint8", lanes)) & _splat(15, "uint8", lanes)
+            nibbles = weight[vector]
+            if not shapes.split:
+                nibbles = (nibbles >> _splat(half * 4, "uint8", lanes)) & _splat(15, "uint8", lanes)
             dtype = f"uint8x{lanes}"
             found = T.call_llvm_pure_intrin(dtype, SHUFFLES[lanes], _repeat(values, lanes), nibbles)
             # Never saturates; but plain additions LLVM regroups into (a + b + ...) + total: two registers a sum.
@@ -185,21 +227,46 @@ def choose(loop: Loop, decide: Decide = by_default) -> Tile:
         for q in range(loop.q_multiple, loop.blocks + 1, loop.q_multiple)
         if loop.blocks % q == 0
         for px in range(1, loop.width + 1)
-        if px * q + 2 * q + 3 <= loop.registers and max(px * q * 2, q * 4) * loop.lanes < STACK_BYTES
+        if px * q + (1 if loop.split else 2) * q + 3 <= loop.registers
+        and max(px * q * 2, q * 4) * loop.lanes < STACK_BYTES
     ]
-    return decided(loop, found, lambda tile: _score(loop.width, tile), decide)
+    tile = decided(loop, found, lambda tile: _score(loop, tile), decide)
+    return replace(tile, row=_writes_row(loop.width, tile))
 
 
-def _score(width: int, tile: Tile) -> float:
+def _score(loop: Loop, tile: Tile) -> float:
+    """Cost of a look-up, the mean over a row. A row that is written out ends in a tile as wide as what is left."""
+    full, rest = divmod(loop.width, tile.px)
+    if rest and _writes_row(loop.width, tile):
+        ends = full * tile.px * _cost(loop, tile.px, tile.q) + rest * _cost(loop, rest, tile.q)
+        return 1.05 * ends / loop.width  # more code
+    condition = 1.5 if rest else 1.0  # of every step
+    return _cost(loop, tile.px, tile.q) * condition * ceil(loop.width / tile.px) * tile.px / loop.width
+
+
+def _cost(loop: Loop, px: int, q: int) -> float:
     """Instructions a look-up, those of the vector pipes counted twice.
 
     The shuffle and the addition; a table row, 1.5 for its index and a load, for q of them; a vector of weight nibbles,
-    half a load and 1.5 to split it, for px of them. In a tile that hangs over the row's end every step has a condition.
+    half a load and 1.5 to split it, for px of them. Of weights split beforehand it is a load, mostly from the second
+    cache: there the numbers are those that fit a Zen 5 core, within 5%, on AVX2 and AVX-512BW.
     """
-    ragged = 1.5 if width % tile.px else 1.0
-    short = 1 + 2 / (tile.px * tile.q) ** 2  # few sums wait for each other
-    cost = (2 + 2.5 / tile.q + 2 / tile.px) + (2 + 1.5 / tile.px)
-    return cost * ragged * short * ceil(width / tile.px) * tile.px / width
+    few = 1 / (px * q) ** 2  # sums, which wait for each other
+    if loop.split:
+        return (4 + 3.5 / min(q, 2) + 3 / px) * (1 + few)
+    copies = 0.0 if loop.lanes >= SPLIT_LANES else 1 - 1 / q  # of a table's register, by SSE
+    return ((2 + copies + 2.5 / q + 2 / px) + (2 + copies + 1.5 / px)) * (1 + 2 * few)
+
+
+def _writes_row(width: int, tile: Tile) -> bool:
+    """Whether a row that no whole number of tiles makes up is written out, so that its last tile has no conditions."""
+    return width % tile.px != 0 and width * tile.q * STEPS_OF_WORD <= MAX_BODIES
+
+
+def is_split(sch: s_tir.Schedule, flush: blocks.Block) -> bool:
+    """Whether the weights of a count come a nibble a byte."""
+    (nibbles,) = sch.get_producers(flush)
+    return any(len(read.source.shape) == SPLIT_AXES for read in sch.get(nibbles).reads)
 
 
 def work(sch: s_tir.Schedule, flush: blocks.Block) -> int:

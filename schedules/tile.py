@@ -20,11 +20,15 @@ CHUNKS = 8  # chunks of rows a thread pool can share out evenly
 
 @dataclass(frozen=True)
 class Tile:
-    """px pixels × q vectors; `rows` output rows to a unit of parallel work."""
+    """px pixels × q vectors; `rows` output rows to a unit of parallel work.
+
+    `row`: the tiles of a row are written out one by one, so that the last one is as wide as what is left.
+    """
 
     px: int
     q: int
     rows: int
+    row: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Loop:
     latency: int  # independent accumulators that hide the latency of the multiply-accumulate
     q_multiple: int = 1  # a fused binarisation packs whole words
     per_step: float = 1.0  # cycles of the core's vector pipes for one multiply-accumulate
+    split: bool = False  # weights come a nibble a byte (nibble.py)
 
 
 def candidates(loop: Loop) -> list[Tile]:

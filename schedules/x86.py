@@ -55,6 +55,7 @@ def direct_convolution(func: tirx.PrimFunc, target: Target, decide: Decide = by_
         latency=8,
         q_multiple=max(1, 32 // lanes) if packs else 1,
         per_step=0.75 if popcount else 0.5,
+        split=in_bytes and nibble.is_split(sch, reductions[0]),
     )
     tile = nibble.choose(loop, decide) if in_bytes else choose(loop, decide)
     work = nibble.work(sch, reductions[0]) if in_bytes else blocks.work(sch, reductions[0])
@@ -105,7 +106,9 @@ def tile_nest(
     by_channel = decide("order", ORDERS, ORDERS[0]) == ORDERS[0]
     sch.reorder(n, yo, g, *((fo, yi, xo) if by_channel else (yi, xo, fo)), xi, fq, fv)
     at = xo if by_channel else fo
-    if width % tile.px:
+    if tile.row:
+        sch.unroll(xo)
+    elif width % tile.px:
         sch.annotate(xo, "pragma_loop_partition_hint", 1)
     if channels % (groups * tile.q * lanes):
         sch.annotate(fo, "pragma_loop_partition_hint", 1)

@@ -14,7 +14,7 @@ STEM, BINARISE, POPCOUNT, EPILOGUE = "stem", "binarise", "popcount", "epilogue"
 REST, POOLING, OTHER = "rest", "pooling", "other"
 CLASSES = (STEM, BINARISE, POPCOUNT, EPILOGUE, REST, POOLING, OTHER)
 
-_BINARISING = re.compile(r"^(binarize|scales|pad_planes)")
+_BINARISING = re.compile(r"^(binarize|scales|pad_planes|split_bitserial)")
 _POOLING = re.compile(r"pool|^mean$")
 _ELEMENTWISE = frozenset(name.rpartition(".")[2] for name in ELEMENTWISE)
 _PADDING = re.compile(r"(^|_)pad$")
@@ -40,7 +40,7 @@ def spent_ms(
     """Milliseconds by class; they add up to `total_ms`, of which what is outside of all steps is `other`.
 
     stem      everything before the first layer that is binarised, fused binarisation included
-    binarise  scales, binarisation and padding of planes as passes of their own
+    binarise  scales, binarisation and padding of planes, and splitting of binary weights, as passes of their own
     popcount  of the kernels of binary layers, the least time that their arithmetic takes
     epilogue  the remainder of these kernels, and elementwise operators that stand alone between layers
     rest      layers that are not binary, what is fused to them, and the padding before them

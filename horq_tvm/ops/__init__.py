@@ -31,6 +31,7 @@ from .pad_planes import PAD_PLANES, pad_planes
 from .patch import PATCH, patch
 from .registry import shape_of
 from .scales import SCALES, scales
+from .split_nibbles import SPLIT_NIBBLES, split_nibbles
 
 __all__ = [
     "BINARIZE",
@@ -51,6 +52,7 @@ __all__ = [
     "PATCH",
     "QUANTIZE",
     "SCALES",
+    "SPLIT_NIBBLES",
     "WORD_BITS",
     "BorderClasses",
     "Geometry",
@@ -72,5 +74,6 @@ __all__ = [
     "quantize",
     "scales",
     "shape_of",
+    "split_nibbles",
     "words_of",
 ]

@@ -76,6 +76,7 @@ def packed_bitserial(
     weight   B = ⌈F/G/v⌉, by style: `words` uint32 [G,B,kh,kw,words,v], a word a lane; so `uadalp` and
              `vpadal`, v = 4, for NEON's own instructions, see `neon.py`; `nibbles` uint8 [G,B,4·kh·kw·words,v], the
              bytes of these words, eight channels each, lanes as `nibble.lane_order` has them
+             (or [G,B,4·kh·kw·words,2,v], what `horq.split_nibbles` makes of these)
     start    int32 [R,C,G,B·v]: what the sum of popcounts starts from, by border class
     factors  `static`: scale float32 [P,F] and addend float32 [R',C',F] (R' = C' = 1 unless the first plane is constant)
              else: alpha float32 [F], bias float32 [F], beta, and for first = 1 first_sum float32 [R,C,F]

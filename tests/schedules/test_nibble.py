@@ -16,8 +16,9 @@ from horq_tvm import ops, pipeline, targets
 from horq_tvm.relay_passes.pack_weights import pack_bits, pack_words
 from horq_tvm.schedules import layout, nibble
 from horq_tvm.schedules.layout import WeightLayout
+from horq_tvm.schedules.tile import Loop
 from horq_tvm.specs import LayerConfig
-from horq_tvm.straightline import constant, op_name
+from horq_tvm.straightline import array_of, constant, op_name
 from tests.end_to_end.drawn import Drawn, compile_module, with_given_scales, with_own_scales
 from tests.end_to_end.test_oracle import check_general, exact_results
 from tests.relay_passes.program import module
@@ -90,6 +91,37 @@ def test_layout_by_target(target: str, filters: int, groups: int, row: int, expe
     assert layout.bitserial(targets.resolve(target), filters, groups, row) == expected
 
 
+def test_many_pixels_take_weights_a_nibble_a_byte() -> None:
+    assert [nibble.splits(32, pixels) for pixels in (1, 15, 16, 49)] == [False, False, True, True]
+    assert nibble.splits(64, 16)
+    assert not nibble.splits(16, 3136)
+
+
+@pytest.mark.parametrize(
+    ("width", "lanes", "split", "expected"),
+    [
+        (56, 32, True, (4, 2, False)),
+        (14, 32, True, (5, 2, True)),  # 5 + 5 + 4 pixels
+        (7, 32, True, (4, 2, True)),
+        (7, 32, False, (4, 2, True)),
+        (56, 16, False, (8, 1, False)),  # SSE copies a table for each vector of filters
+        (31, 32, True, (11, 1, True)),  # 31·8 look-ups in a row of code
+    ],
+)
+def test_default_tiles(width: int, lanes: int, split: bool, expected: tuple[int, int, bool]) -> None:
+    loop = Loop(width, width, blocks=8, lanes=lanes, registers=16, latency=8, split=split)
+    tile = nibble.choose(loop)
+    assert (tile.px, tile.q, tile.row) == expected
+    assert tile.px * tile.q + (1 if split else 2) * tile.q + 3 <= loop.registers
+
+
+def test_a_row_too_long_to_be_written_out_keeps_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(37, 37, blocks=8, lanes=32, registers=16, latency=8, split=True)
+    assert not nibble.choose(loop).row
+    monkeypatch.setattr(nibble, "MAX_BODIES", 37 * 2 * 8)
+    assert nibble.choose(loop).row
+
+
 # --- Whole layers -----------------------------------------------------------------------------------------------------
 
 EDGES = [  # channels, filters, kernel, groups
@@ -154,6 +186,24 @@ def test_outputs_are_within_the_tolerance(target: str) -> None:
     check_general(drawn, with_own_scales(drawn, target).load(), [d.image() for d in drawn])
 
 
+WIDTHS = [(1, 4, width) for width in (3, 5, 7, 9, 11, 13, 14, 17, 19)]
+
+
+@pytest.mark.parametrize("pixels", [1, 1 << 30], ids=["split", "bits"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_of_any_width_from_split_weights_and_from_bits(
+    target: str, pixels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nibble, "SPLIT_PIXELS", pixels)
+    drawn = [
+        Drawn(40, (64, 96, 130)[i % 3], 1 + i % 2, "static", size=size, kernel=(3, 3), padding=(1, 1, 1, 1), seed=i)
+        for i, size in enumerate(WIDTHS)
+    ]
+    compiled, fed = with_given_scales(drawn, target)
+    for layer, y, result in exact_results(drawn, [d.image() for d in drawn], compiled.load(), fed, given_beta=1.0):
+        np.testing.assert_array_equal(y, result.sums.sum(axis=0), err_msg=str(layer))
+
+
 def unit_conv(emit: Any, x: relax.Expr, weight: np.ndarray[Any, Any], name: str, pad: int = 0) -> relax.Expr:
     return emit(ops.conv2d(x, constant(weight.astype("float32")), name=name, padding=(pad,) * 4))
 
@@ -171,13 +221,14 @@ def compiled_outputs(target: str, shape: tuple[int, ...], x: np.ndarray[Any, Any
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("filters", "width"), [(16, 1), (64, 18)], ids=["bits", "split"])
 @pytest.mark.parametrize(("window", "channels"), [((1, 1), 224), ((3, 3), 64), ((1, 1), 256), ((5, 5), 2600)], ids=str)
-def test_every_bit_differs(target: str, window: tuple[int, int], channels: int) -> None:
+def test_every_bit_differs(target: str, window: tuple[int, int], channels: int, filters: int, width: int) -> None:
     """The largest counts there are: 56 steps in a byte, and 65000 in the 16-bit sum of the last case."""
-    weight = -np.ones((16, *window, channels))
-    x = np.ones((1, *window, channels), "float32")
+    weight = -np.ones((filters, *window, channels))
+    x = np.ones((1, window[0], window[1] - 1 + width, channels), "float32")
     y = compiled_outputs(target, x.shape, x, [("layer", 1, weight, 0)])
-    np.testing.assert_array_equal(y, np.full((1, 1, 1, 16), -window[0] * window[1] * channels))
+    np.testing.assert_array_equal(y, np.full((1, 1, width, filters), -window[0] * window[1] * channels))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -195,16 +246,19 @@ def test_the_next_layers_planes_are_packed_in_the_same_kernel(target: str, filte
     np.testing.assert_array_equal(y, compiled_outputs("x86-64", x.shape, x, chain))
 
 
-def test_the_style_reaches_the_kernel() -> None:
+@pytest.mark.parametrize(("size", "split"), [(4, ()), (6, (2,))])  # 4 and 16 pixels
+def test_the_style_reaches_the_kernel(size: int, split: tuple[int, ...]) -> None:
     target = targets.resolve("x86-64-v3")
     weight = np.ones((64, 3, 3, 64))
-    mod = module([(1, 4, 4, 64)], lambda emit, x: unit_conv(emit, x, weight, "layer"))
+    mod = module([(1, size, size, 64)], lambda emit, x: unit_conv(emit, x, weight, "layer"))
     packed = pipeline.optimise(target)(pipeline.rewrite({"layer": LayerConfig(2, "static", (1.0, 1.0))})(mod))
     calls = [value for f in packed.functions.values() for _, value in bindings_of(f)]
     (call,) = [value for value in calls if op_name(value) == "horq.packed_bitserial"]
     assert str(call.attrs["style"]) == "nibbles"
-    assert ops.shape_of(call.args[1]) == (1, 2, 72, 32)
+    assert ops.shape_of(call.args[1]) == (1, 2, 72, *split, 32)
     assert ops.shape_of(call.args[-1]) == nibble.TABLE_SHAPE
+    stored = [array_of(value.args[0]) for value in calls if op_name(value) == "horq.split_nibbles"]
+    assert [bits.shape for bits in stored if bits is not None] == [(1, 2, 72, 32)] * len(split)
 
 
 def bindings_of(function: relax.Function) -> list[tuple[relax.Var, relax.Expr]]:
