@@ -68,16 +68,20 @@ def test_compiled_is_what_onnx_runtime_computes(path: Path, tmp_path: Path) -> N
     assert orders == {int(re.search(r"-k(\d)", path.stem)[1])}
 
 
-def _told() -> dict[str, float]:
-    """The accuracies of the folder's README, in percent, by file."""
-    rows = re.findall(r"^\| `(\S+\.onnx)` \|.*\| ([\d.]+) % \|", (FOLDER / "README.md").read_text(), re.M)
-    return {name: float(value) for name, value in rows}
+def _told() -> dict[str, tuple[float, str]]:
+    """What the folder's README says of each file: its accuracy in percent, and the run it is of."""
+    text = (FOLDER / "README.md").read_text()
+    rows = re.findall(r"^\| `(\S+\.onnx)` \|.*\| ([\d.]+) % \| (\S+) \|$", text, re.M)
+    return {name: (float(value), run) for name, value, run in rows}
 
 
 def test_the_readme_tells_the_accuracies_that_were_measured() -> None:
     results = json.loads((ROOT / "docs" / "accuracy.json").read_text())["runs"]
-    names = {path.name: f"{path.stem}-static-seed0" for path in FILES}
-    assert _told() == {name: round(100 * results[run]["accuracy"], 2) for name, run in names.items()}
+    told = _told()
+    assert sorted(told) == [path.name for path in FILES]
+    for name, (accuracy, run) in told.items():
+        assert accuracy == round(100 * results[run]["accuracy"], 2)
+        assert name.removesuffix(".onnx") == "-".join([results[run]["network"], f"k{results[run]['order']}"])
 
 
 @pytest.mark.slow
@@ -97,4 +101,4 @@ def test_as_accurate_as_told(path: Path) -> None:
         )
     )
     # A flipped sign may turn an image in a thousand.
-    assert abs(100 * right / len(data.test_labels) - _told()[path.name]) <= 0.1
+    assert abs(100 * right / len(data.test_labels) - _told()[path.name][0]) <= 0.1
