@@ -13,14 +13,16 @@ from .errors import HorqError, UsageError
 if TYPE_CHECKING:
     from .compiler import CompiledModel, build
     from .runtime.loader import LoadedModel, load
+    from .tuning.api import tune
 
-__all__ = ["CompiledModel", "HorqError", "LoadedModel", "UsageError", "build", "load"]
+__all__ = ["CompiledModel", "HorqError", "LoadedModel", "UsageError", "build", "load", "tune"]
 
 _HOMES = {
     "CompiledModel": "compiler",
     "build": "compiler",
     "LoadedModel": "runtime.loader",
     "load": "runtime.loader",
+    "tune": "tuning.api",
 }
 
 

@@ -17,7 +17,7 @@ import tvm
 from . import agreement, calibration, layers, pipeline, targets
 from . import rest as unbinarised
 from .emit import standalone
-from .errors import UsageError
+from .errors import HorqError, UsageError
 from .files import replacing
 from .frontend import ImportedModel
 from .manifest import LayerRecord, Manifest
@@ -29,6 +29,8 @@ from .runtime.loader import LoadedModel, load
 from .schedules import int8
 from .specs import RESTS, LayerConfig, Rest, TensorSpec
 from .straightline import fields_of, read_main
+from .tuning.database import Database, user_database
+from .tuning.lookup import Lookup
 
 if TYPE_CHECKING:
     import onnx
@@ -82,6 +84,7 @@ def build(
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     rest: Rest = "float32",
     taps: Sequence[str] = (),
+    database: str | Path | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Compiles a CNN for a target.
@@ -99,27 +102,73 @@ def build(
         rest: arithmetic of the layers that stay unbinarised, "float32" or "int8": weights a filter, activations a
             layer, their ranges from the calibration data, else from 8 seeded random inputs.
         taps: layers whose input, β, planes and output become outputs of the library.
+        database: what `tune` found, by default the folder `tuning` of the user's cache where there is one.
         progress: called with what is being done.
 
     Raises:
-        UsageError: a mistake in the call. HorqError: a model that cannot be read or compiled.
+        UsageError: a mistake in the call. HorqError: a database or a model that cannot be read, a model that cannot be
+            compiled.
     """
     if isinstance(taps, str):
         raise UsageError(f"taps: found the text {taps!r}; accepted: a list of layer names")
+    resolved = _resolved(target)
+    lookup = Lookup(_database(database), resolved)
+    session = _open(model, resolved, example_inputs, input_shapes, calibration, rest, progress)
+    choices = session.choose(plan, order, scale)
+    _check_taps(taps, choices)
+    _warn_of_nothing(choices, order)
+    return session.compile(session.calibrate(choices), taps, choices, lookup)
+
+
+def rewritten(model: Any, target: targets.Target, **options: Any) -> tvm.IRModule:
+    """What `build` with these options hands to `emit`; nothing is compiled for the target, nothing judged."""
+    known = ("example_inputs", "input_shapes", "calibration", "rest", "progress")
+    session = _open(model, target, *({"rest": "float32", **options}.get(name) for name in known))
+    choices = session.choose(*(options.get(name) for name in ("plan", "order", "scale")))
+    taps = options.get("taps", ())
+    _check_taps(taps, choices)
+    return session.rewrite(session.calibrate(choices), taps, choices).module
+
+
+def _open(
+    model: Any,
+    target: targets.Target,
+    example_inputs: tuple[Any, ...] | None,
+    input_shapes: Mapping[str, tuple[int, ...]] | None,
+    data: Mapping[str, np.ndarray] | None,
+    rest: Any,
+    progress: Progress | None,
+) -> _Session:
+    _check_rest(rest, target)
     say = progress or (lambda _message: None)
-    resolved = target if isinstance(target, targets.Target) else targets.resolve(target)
-    _check_rest(rest, resolved)
     say("importing the model")
     imported = _import(model, example_inputs, input_shapes)
     canonical = pipeline.canonicalise()(imported.mod)
-    found = layers.enumerate_layers(canonical)
-    loaded_plan = plan if isinstance(plan, Plan) or plan is None else load_plan(plan)
-    choices = layers.choose(found, plan=loaded_plan, trained=imported.trained, order=order, scale=scale)
-    configs = {name: choice.config for name, choice in choices.items() if choice.config is not None}
-    _check_taps(taps, choices)
-    _warn_of_nothing(choices, order)
-    session = _Session(imported, canonical, resolved, calibration, rest, say)
-    return session.compile(session.calibrate(configs), taps, found, choices)
+    return _Session(imported, canonical, tuple(layers.enumerate_layers(canonical)), target, data, rest, say)
+
+
+def _resolved(target: str | targets.Target) -> targets.Target:
+    return target if isinstance(target, targets.Target) else targets.resolve(target)
+
+
+def _database(folder: str | Path | None) -> Database | None:
+    """The database to build with: `folder`, else that of the user's cache, which a fault in it puts out of use."""
+    if folder is not None:
+        return Database.open(folder)
+    try:
+        return user_database()
+    except HorqError as error:
+        warnings.warn(f"built without the tuning database of the cache: {error}", stacklevel=3)
+        return None
+
+
+@dataclass(frozen=True)
+class _Rewritten:
+    """The module that `emit` takes, its manifest, and the ranges of its int8 layers, if it has such."""
+
+    module: tvm.IRModule
+    manifest: Manifest
+    calibrated: unbinarised.Calibrated | None
 
 
 @dataclass(frozen=True)
@@ -128,13 +177,20 @@ class _Session:
 
     imported: ImportedModel
     canonical: tvm.IRModule
+    found: tuple[layers.Layer, ...]
     target: targets.Target
     data: Mapping[str, np.ndarray] | None
     rest: Rest
     say: Progress
 
-    def calibrate(self, configs: Mapping[str, LayerConfig]) -> dict[str, LayerConfig]:
-        """The configs, `static` ones without betas fitted to the calibration data."""
+    def choose(self, plan: Any, order: int | str | None, scale: str | None) -> dict[str, layers.Choice]:
+        """What becomes of each layer."""
+        loaded = plan if isinstance(plan, Plan) or plan is None else load_plan(plan)
+        return dict(layers.choose(self.found, plan=loaded, trained=self.imported.trained, order=order, scale=scale))
+
+    def calibrate(self, choices: Mapping[str, layers.Choice]) -> dict[str, LayerConfig]:
+        """The configs of the layers that are rewritten, `static` ones without betas fitted to the calibration data."""
+        configs = {name: choice.config for name, choice in choices.items() if choice.config is not None}
         open_layers = [n for n, c in configs.items() if c.scale == "static" and c.betas is None]
         if not open_layers:
             return dict(configs)
@@ -154,23 +210,31 @@ class _Session:
         self,
         configs: Mapping[str, LayerConfig],
         taps: Sequence[str],
-        found: Sequence[layers.Layer],
         choices: Mapping[str, layers.Choice],
+        lookup: Lookup,
     ) -> CompiledModel:
         """The library of the model with `configs` rewritten."""
-        self.say("rewriting layers")
-        rewritten = pipeline.rewrite(configs, taps)(self.canonical)
-        _warn_of_relus(relu_fed_layers(rewritten))
-        calibrated = self._calibrate_rest(rewritten, [layer for layer in found if layer.name not in configs])
-        activations = calibrated.activations if calibrated else {}
-        records = tuple(_record(layer, choices[layer.name], configs.get(layer.name), self.rest) for layer in found)
-        manifest = Manifest(self.imported.inputs, self._outputs(rewritten), layers=records)
-        rewritten = pipeline.quantize_rest(activations, self.imported.weight_scales)(rewritten)
-        compiled = emit(rewritten, self.target, manifest, self.say)
-        if calibrated:
-            compiled = self._judge_rest(compiled, rewritten, manifest, calibrated)
+        made = self.rewrite(configs, taps, choices)
+        compiled = emit(made.module, self.target, made.manifest, self.say, lookup)
+        if made.calibrated:
+            compiled = self._judge_rest(compiled, made.module, made.manifest, made.calibrated)
         untrained = [name for name, config in configs.items() if self.imported.trained.get(name) != config]
-        return self._judge(compiled, rewritten, manifest, untrained)
+        return self._judge(compiled, made.module, made.manifest, untrained)
+
+    def rewrite(
+        self, configs: Mapping[str, LayerConfig], taps: Sequence[str], choices: Mapping[str, layers.Choice]
+    ) -> _Rewritten:
+        """The model with `configs` rewritten, before anything depends on the target."""
+        self.say("rewriting layers")
+        module = pipeline.rewrite(configs, taps)(self.canonical)
+        _warn_of_relus(relu_fed_layers(module))
+        calibrated = self._calibrate_rest(module, [layer for layer in self.found if layer.name not in configs])
+        activations = calibrated.activations if calibrated else {}
+        records = tuple(_record(layer, choices[layer.name], configs.get(layer.name), self.rest) for layer in self.found)
+        manifest = Manifest(self.imported.inputs, self._outputs(module), layers=records)
+        return _Rewritten(
+            pipeline.quantize_rest(activations, self.imported.weight_scales)(module), manifest, calibrated
+        )
 
     def _calibrate_rest(self, rewritten: tvm.IRModule, floats: Sequence[layers.Layer]) -> unbinarised.Calibrated | None:
         """The ranges of the layers that run in int8, None where there are none."""
@@ -231,26 +295,53 @@ class _Session:
         return replace(compiled, report={**compiled.report, "agreement": result.agreement, "cosine": result.cosine})
 
 
-def emit(rewritten: tvm.IRModule, target: targets.Target, manifest: Manifest, say: Progress) -> CompiledModel:
-    """Optimises, lowers and links a rewritten module into a library in a temporary folder."""
+def emit(
+    rewritten: tvm.IRModule,
+    target: targets.Target,
+    manifest: Manifest,
+    say: Progress,
+    lookup: Lookup | None = None,
+) -> CompiledModel:
+    """Optimises, lowers and links a rewritten module into a library in a temporary folder, kernels as `lookup` says."""
     say("scheduling kernels")
+    lookup = lookup or Lookup(None, target)
     with target.tvm_target():
         grouped = pipeline.optimise(target)(rewritten)
-        lowered = pipeline.lower(target)(grouped)
+        algorithms = pipeline.kernels()(grouped)
+        lowered = pipeline.schedule(target, lookup.choose)(algorithms)
+    _warn_of_stale(lookup.stale)
+    of_layer = {layer: lookup.of(algorithms[kernel]) for kernel, layer in layers_of_kernels(grouped).items()}
+    manifest = replace(manifest, layers=tuple(_scheduled(layer, of_layer) for layer in manifest.layers))
     say("compiling")
     folder = _Folder()
     library = folder.path / "model.so"
-    written = standalone(lowered, target, manifest, library, _step_names(grouped))
+    steps = {kernel: f"{kernel} {layer}" for kernel, layer in layers_of_kernels(grouped).items()}
+    written = standalone(lowered, target, manifest, library, steps)
     return CompiledModel(library, written.to_dict(), folder)
 
 
-def _step_names(grouped: tvm.IRModule) -> dict[str, str]:
-    """What the profile shows for a kernel that has a layer: both names. (FuseTIR keeps the one and drops the other.)"""
+def layers_of_kernels(grouped: tvm.IRModule) -> dict[str, str]:
+    """The layer of each kernel that has one, by the kernel's name. (FuseTIR keeps the one and drops the other.)"""
     return {
-        gvar.name_hint: f"{gvar.name_hint} {function.attrs[LAYER_ATTR]}"
+        gvar.name_hint: str(function.attrs[LAYER_ATTR])
         for gvar, function in grouped.functions.items()
         if LAYER_ATTR in (function.attrs or {})
     }
+
+
+def _scheduled(layer: LayerRecord, of_layer: Mapping[str, tuple[bool, int]]) -> LayerRecord:
+    """The record with what the database knows of the layer's kernel."""
+    tuned, records = of_layer.get(layer.name, (False, 0))
+    return replace(layer, schedule="tuned" if tuned else "default", records=records)
+
+
+def _warn_of_stale(workloads: Sequence[str]) -> None:
+    if workloads:
+        warnings.warn(
+            f"{len(workloads)} kernels of the tuning database were measured with other schedules than this horq-tvm has"
+            f" ({', '.join(workloads[:3])}{', ...' if len(workloads) > 3 else ''}); they run by default: tune again",
+            stacklevel=5,
+        )
 
 
 def _import(
@@ -302,7 +393,7 @@ def _warn_of_relus(names: Sequence[str]) -> None:
         warnings.warn(
             f"order 1 behind a ReLU carries no information, every sign is +1: {listed}; use order 2, or binarise the"
             f" output of batch normalisation ({TRAINING})",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

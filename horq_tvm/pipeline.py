@@ -93,4 +93,9 @@ def kernels() -> tvm.transform.Pass:
 
 def lower(target: Target, choose: Choose = lambda _func: by_default) -> tvm.transform.Pass:
     """Every op and group as one TensorIR function with the target's schedule; `choose` says with what parameters."""
-    return tvm.transform.Sequential([kernels(), ScheduleKernels(target, choose)], name="lower")
+    return tvm.transform.Sequential([kernels(), schedule(target, choose)], name="lower")
+
+
+def schedule(target: Target, choose: Choose = lambda _func: by_default) -> tvm.transform.Pass:
+    """The target's schedules for kernels; `choose` says with what parameters."""
+    return tvm.transform.Sequential([ScheduleKernels(target, choose)], name="schedule")

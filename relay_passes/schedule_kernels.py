@@ -11,7 +11,7 @@ from tvm import relax, s_tir, tirx
 from horq_tvm.emit.plan import IN_PLACE
 from horq_tvm.errors import HorqError
 from horq_tvm.schedules import blocks
-from horq_tvm.schedules.decisions import Decide, by_default
+from horq_tvm.schedules.decisions import Decide, Recorded, by_default
 from horq_tvm.straightline import Writer, op_name, read_main
 from horq_tvm.targets import Target
 
@@ -42,7 +42,10 @@ class ScheduleKernels:
         for gvar, func in mod.functions_items():
             if not isinstance(func, tirx.PrimFunc):
                 continue
-            scheduled = schedule(func, self.target, self.choose(func))
+            decide = self.choose(func)
+            scheduled = schedule(func, self.target, decide)
+            if isinstance(decide, Recorded) and not decide.fits:
+                scheduled = schedule(func, self.target)  # a stale record counts for nothing, nor do parts of it
             rule = str(scheduled.attrs[RULE])
             if rule in ELEMENTWISE_RULES and (pairs := blocks.in_place(scheduled)):
                 scheduled = scheduled.with_attr(IN_PLACE, pairs)

@@ -15,6 +15,9 @@ def add(verbs: options.Verbs) -> None:
     verb.add_argument("model", metavar="MODEL", help="an .onnx file, or an ExportedProgram saved as .pt2")
     verb.add_argument("-o", "--output", required=True, metavar="OUT.so", help="the library to write")
     options.add_model_options(verb)
+    verb.add_argument(
+        "--database", metavar="DIR", help="what `tune` found (default: the folder tuning of the user's cache)"
+    )
     options.add_json_option(verb)
 
 
@@ -25,6 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json not in (None, "-"):
         check_writable(arguments.json, sources=(*sources, arguments.output))
     given = options.build_arguments(arguments)
+    if arguments.database is not None:
+        given["database"] = arguments.database
     import horq_tvm
 
     with progress() as say:

@@ -55,11 +55,12 @@ def describe(manifest: Mapping[str, Any]) -> str:
                 layer["order"],
                 layer["scale"] or ("int8" if _is_int8(layer) else "float"),
                 layer["schedule"],
+                layer.get("records", 0),
                 layer["reason"] or "",
             )
             for layer in layers
         ]
-        lines += ["", table(("layer", "op", "order", "scale", "schedule", "reason"), rows)]
+        lines += ["", table(("layer", "op", "order", "scale", "schedule", "records", "reason"), rows)]
     slow = [layer["name"] for layer in rewritten if layer["order"] >= SLOWER_THAN_INT8_ORDER]
     if slow:
         order = SLOWER_THAN_INT8_ORDER

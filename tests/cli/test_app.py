@@ -69,7 +69,10 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     ("words", "complaint"),
     [
         ("", "required: VERB"),
-        ("tune m.onnx", "invalid choice: 'tune'"),
+        ("tune m.onnx --trials 5", "required: --database"),
+        ("tune m.onnx --database d", "required: --trials"),
+        ("tune m.onnx --database d --trials 0", "--trials: found '0'; accepted: a number from 1"),
+        ("tune m.onnx --database d --trials 5 --minutes -1", "--minutes: found '-1'; accepted: a number of minutes"),
         ("build m.onnx", "required: -o/--output"),
         ("build m.onnx -o m.so --order 0", "--order: found '0'; accepted: 1 to 8, or float"),
         ("build m.onnx -o m.so --order 100", "--order: found '100'; accepted: 1 to 8, or float"),
@@ -79,7 +82,6 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
         ("build m.onnx -o m.so --input x=1,0,8", "--input: found 'x=1,0,8'"),
         ("build m.onnx -o m.so --emit tvm", "unrecognized arguments: --emit tvm"),
         ("build m.onnx -o m.so --rest int4", "--rest: invalid choice: 'int4' (choose from"),
-        ("build m.onnx -o m.so --database d", "unrecognized arguments: --database d"),
         ("build m.onnx -o m.so --ord 2", "unrecognized arguments: --ord 2"),
         ("run m.so x.npy --threads 0", "--threads: found '0'; accepted: a number from 1"),
         ("bench m.so --peers tflite", "--peers: found 'tflite'; accepted: onnxruntime, onnxruntime-int8"),
@@ -97,9 +99,8 @@ def test_a_mistaken_call_is_one_line_and_exit_code_2(
 
 def test_every_verb_of_the_interface_and_no_other() -> None:
     text = parser().format_help()
-    for verb in ("build", "run", "bench", "inspect", "targets"):
+    for verb in ("build", "run", "tune", "bench", "inspect", "targets"):
         assert f"\n    {verb} " in text
-    assert "tune" not in text
 
 
 def test_build_hands_on_what_was_said_and_nothing_else(build: Recorder, tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_build_hands_on_what_was_said_and_nothing_else(build: Recorder, tmp_path
     words = (
         f"build m.onnx -o {output} --target zen4 --order 3 --scale static --rest int8 --plan p.yaml --tap a b --tap c"
     )
-    words += f" --input x=1,3,8,8 --input a=b=2 --calibration {tmp_path / 'c.npz'}"
+    words += f" --database d --input x=1,3,8,8 --input a=b=2 --calibration {tmp_path / 'c.npz'}"
     assert main(words.split()) == 0
     calibration = build.options.pop("calibration")
     assert {name: array.shape for name, array in calibration.items()} == {"x": (2, 3)}
@@ -121,6 +122,7 @@ def test_build_hands_on_what_was_said_and_nothing_else(build: Recorder, tmp_path
         "plan": "p.yaml",
         "rest": "int8",
         "taps": ("a", "b", "c"),
+        "database": "d",
         "input_shapes": {"x": (1, 3, 8, 8), "a=b": (2,)},
     }
     assert main(["build", "m.onnx", "-o", output, "--order", "float"]) == 0
@@ -132,7 +134,7 @@ def test_build_tells_what_became_of_each_layer(
 ) -> None:
     assert main(["build", "m.onnx", "-o", str(tmp_path / "m.so")]) == 0
     text = capsys.readouterr().out
-    assert "stem   conv2d      -  float   default   first layer" in text
+    assert "stem   conv2d      -  float   default         0  first layer" in text
     assert "body   conv2d      7  sample  default" in text
     assert "from order 6 on, int8 with VNNI is faster than the planes: body" in text
 

@@ -109,7 +109,7 @@ def test_inspect_as_text_and_json(library: Path, tmp_path: Path, capsys: pytest.
     text = capsys.readouterr().out
     assert "target    x86-64\n" in text
     assert "needs     sse2\n" in text
-    assert "body   conv2d      2  sample  default\n" in text
+    assert "body   conv2d      2  sample  default         0\n" in text
     assert main(["inspect", str(library), "--json", "-"]) == 0
     manifest = json.loads(capsys.readouterr().out)
     assert list(manifest) == ["version", "inputs", "outputs", "target", "cpu_features", "layers", "bytes"]

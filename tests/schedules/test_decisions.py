@@ -94,12 +94,12 @@ def seen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     def choose(_func: tirx.PrimFunc) -> Decide:
         return Corner(pick, found)
 
-    monkeypatch.setattr(pipeline, "lower", lambda target: pipeline_lower(target, choose))
+    monkeypatch.setattr(pipeline, "schedule", lambda target, _choose: pipeline_schedule(target, choose))
     yield found
     assert found, "every choice was the default"
 
 
-pipeline_lower = pipeline.lower
+pipeline_schedule = pipeline.schedule
 
 SKETCHED = [
     Drawn(64, 96, 2, "static", size=(1, 6, 7), kernel=(3, 3), padding=(1, 1, 1, 1)),
@@ -138,7 +138,7 @@ def test_planes_packed_in_an_epilogue_are_the_same_whatever_is_chosen(
     ]
     x = rng.standard_normal((2, 5, 7, 32)).astype("float32")
     y = compiled_outputs(target, x.shape, x, chain)
-    monkeypatch.setattr(pipeline, "lower", lambda target: pipeline_lower(target, lambda _func: by_default))
+    monkeypatch.setattr(pipeline, "schedule", pipeline_schedule)
     np.testing.assert_array_equal(y, compiled_outputs("x86-64", x.shape, x, chain))
 
 
