@@ -75,7 +75,9 @@ class Setting:
         return kernel_probe(load(library, self.threads), fragment.feeds, steps)
 
 
-def bit_records(setting: Setting, conv: Conv, order: int, activation: str, limit: peak.Peak) -> list[Record]:
+def bit_records(
+    setting: Setting, conv: Conv, order: int, activation: str, limit: peak.Peak, clock: peak.Peak
+) -> list[Record]:
     """Records of the bare convolution, the convolution with its epilogue in both forms, and packing by itself."""
     relu = activation == "relu"
     label = f"{conv.layer} K{order} {activation}"
@@ -89,6 +91,7 @@ def bit_records(setting: Setting, conv: Conv, order: int, activation: str, limit
 
     probes = [
         limit.probe("peak"),
+        clock.probe("clock"),
         setting.probe(f"{label} conv", bare(integer=True), {"conv": BITSERIAL, "pad": "pad"}),
         setting.probe(f"{label} affine", bare(integer=False), {"affine": BITSERIAL}),
         setting.probe(f"{label} planes", fused(shortcut=False), {"planes": BITSERIAL}),
@@ -98,11 +101,13 @@ def bit_records(setting: Setting, conv: Conv, order: int, activation: str, limit
         probes.append(setting.probe(f"{label} pack", fragments.pack(conv, order, batch), {"pack": ALL_STEPS}))
     setting.say(f"timing {label}")
     samples = alternate(probes, setting.seconds * len(probes))
-    return _bit_records(setting, conv, order, activation, samples, limit)
+    cycles = ratio(samples["conv"], samples["clock"]) * clock.way.macs_per_call
+    ghz = _rate(clock.way.macs_per_call, samples["clock"])
+    return _bit_records(setting, conv, order, activation, samples, limit, {"ghz": ghz, "cycles": cycles})
 
 
 def _bit_records(
-    setting: Setting, conv: Conv, order: int, activation: str, samples: Samples, limit: peak.Peak
+    setting: Setting, conv: Conv, order: int, activation: str, samples: Samples, limit: peak.Peak, clock: Record
 ) -> list[Record]:
     macs = conv.macs(setting.batch, order)
     shared = {"order": order, "scale": "static", "activation": activation}
@@ -121,6 +126,8 @@ def _bit_records(
             peak_loop=limit.way.name,
             pad_ms=statistics.median(samples["pad"]) / 1e6,
             affine_ms=statistics.median(samples["affine"]) / 1e6,
+            ghz=clock["ghz"],
+            macs_per_cycle=computed / clock["cycles"] / setting.threads,
         )
     ]
     for outputs in ("planes", "planes+float"):
@@ -210,12 +217,13 @@ def measure(setting: Setting, orders: Sequence[int], activations: Sequence[str],
         if "bits" in kinds:
             setting.say("finding the peak of bits")
             limit = peak.best(setting.target)
+            clock = peak.build(peak.clock_way(), setting.target)
             for activation in activations:
                 for order in orders:
                     if activation == "relu" and order == 1:
                         continue  # every sign is +1: nothing to compute
                     for conv in STAGES:
-                        records += bit_records(setting, conv, order, activation, limit)
+                        records += bit_records(setting, conv, order, activation, limit, clock)
         if "float" in kinds:
             fma = peak.build(peak.float_way(setting.target), setting.target)
             for layer in float_layers(setting.folder, setting.batch):
@@ -245,8 +253,8 @@ def _bit_table(records: Sequence[Record]) -> str:
     for record in records:
         relation = {
             "conv": lambda r: (
-                f"{r['fraction_of_peak']:.1%} of peak; pad {r['pad_ms'] / r['median_ms']:.1%},"
-                f" α·β in float {r['affine_ms'] / r['median_ms'] - 1:+.1%}"
+                f"{r['fraction_of_peak']:.1%} of peak, {r['macs_per_cycle']:.0f} a cycle;"
+                f" pad {r['pad_ms'] / r['median_ms']:.1%}, α·β in float {r['affine_ms'] / r['median_ms'] - 1:+.1%}"
             ),
             "conv+epilogue": lambda r: f"conv {r['over_conv']:+.1%}",
             "pack": lambda r: f"{r['of_conv']:.1%} of conv",

@@ -45,10 +45,12 @@ def test_records_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     conv = records[0]
     assert conv["gmacs"] == pytest.approx(2 * 8 * 8 * 32 * 64 * 9 / conv["median_ms"] / 1e6)
     assert 0 < conv["min_ms"] <= conv["median_ms"]
+    assert conv["macs_per_cycle"] > 0 < conv["ghz"]
     floats = [(record["layer"], record["engine"]) for record in records[7:]]
     assert floats == [(layer, e) for layer in ("8x8x32", "1x1x32", "8x8x32") for e in ("horq-tvm", "onnxruntime")]
     printed = capsys.readouterr().out
     assert "% of peak" in printed
+    assert " a cycle" in printed
     assert "as fast as onnxruntime" in printed
 
 
