@@ -104,6 +104,7 @@ def test_every_nanosecond_is_in_one_class() -> None:
         "packed_conv2d side": "rest",
         "mean": "pooling",
         "softmax": "other",
+        "split_bitserial2": "binarise",
     }
     ms = [float(2**i) for i in range(len(names))]
     rates = {"binary": 1e-4, "float32": 1e-5}  # of a's 64 ms, 20 are popcount
@@ -126,7 +127,10 @@ def test_arithmetic_is_never_more_than_the_step_took() -> None:
 def test_the_stem_ends_where_the_first_binary_layer_begins() -> None:
     steps = [
         Step.of(name)
-        for name in ("packed_conv2d stem", "max_pool2d", "scales", "binarize", "pad", "packed_bitserial a")
+        for name in (
+            *("packed_conv2d stem", "max_pool2d"),
+            *("scales", "binarize", "pad", "split_bitserial", "packed_bitserial a"),
+        )
     ]
     assert first_binary(steps, WORK) == 2
     assert first_binary(steps[:2], WORK) == 0  # a network without binary layers has no stem
