@@ -7,8 +7,6 @@ DUP), not a free operand, so tiles have few pixels and many filters.
 
 from __future__ import annotations
 
-from math import ceil
-
 from tvm import s_tir, tirx
 
 from horq_tvm.targets import Target
@@ -68,17 +66,20 @@ def choose(loop: Loop, decide: Decide = by_default) -> Tile:
 
 
 def _score(loop: Loop, tile: Tile) -> float:
-    """Cycles for one vector of 128 bits (or 4 floats) on a core of two vector pipes and one load pipe (Cortex-A57).
+    """Cycles for one vector of 128 bits (or 4 floats): what is left of a row has a loop of its own."""
+    full, rest = divmod(loop.width, tile.px)
+    cycles = full * _cycles(loop, tile.px, tile.q) + (_cycles(loop, rest, tile.q) if rest else 0.0)
+    return cycles / (loop.width * tile.q) + 0.01 / (tile.px * tile.q)
 
-    A step loads q vectors of weights and spreads px elements, each half a cycle of the vector pipes; what is left of a
-    row has a loop of its own.
+
+def _cycles(loop: Loop, px: int, q: int) -> float:
+    """Cycles of one step, on a core of two vector pipes and one load pipe that issues three a cycle (Cortex-A57).
+
+    A step loads q vectors of weights and spreads px elements, each half a cycle of the vector pipes.
     """
-    vectors = tile.px * tile.q
-    pipes = loop.per_step * vectors + 0.5 * tile.px
-    loads = float(tile.px + tile.q)
-    issue = (2 * loop.per_step * vectors + 2 * tile.px + tile.q + LOOP) / ISSUE
-    waste = ceil(loop.width / tile.px) * tile.px / loop.width
-    return waste * max(pipes, loads, issue, float(loop.latency)) / vectors + 0.01 / vectors
+    pipes = loop.per_step * px * q + 0.5 * px
+    issue = (2 * loop.per_step * px * q + 2 * px + q + LOOP) / ISSUE
+    return max(pipes, float(px + q), issue, float(loop.latency))
 
 
 RULES: tuple[x86.Rule, ...] = (direct_convolution, *x86.RULES[1:])

@@ -25,14 +25,14 @@ def bitserial(target: Target, filters: int, groups: int, row: int) -> WeightLayo
 
     Nibbles where the target counts bits with a byte shuffle: a vector holds a byte a filter then. Where no such vector
     divides a group, or a row is too long for the 16-bit sums, the layer keeps whole words, which any target can count.
-    NEON counts words, but where it has dot products LLVM makes as good a loop of a plain popcount.
+    NEON counts words.
     """
     if target.popcount in NIBBLE_POPCOUNTS and row <= nibble.MAX_ROW:
         lanes = _byte_lanes(filters, groups, target.vector_bits // 8)
         if lanes:
             return WeightLayout("nibbles", lanes)
     lanes = tile.lanes(filters, groups, target.vector_bits)
-    if target.popcount == "cnt" and lanes == neon.LANES and row <= neon.MAX_ROW and "asimddp" not in target.features:
+    if target.popcount == "cnt" and lanes == neon.LANES and row <= neon.MAX_ROW:
         return WeightLayout("uadalp" if target.architecture == "aarch64" else "vpadal", lanes)
     return WeightLayout("words", lanes)
 

@@ -5,8 +5,10 @@
     UADALP  acc.8h += the bytes of v, pairwise
 
 So a 16-bit lane grows by at most 16 a step, and two of them are one output channel: they are added up after the window.
-LLVM makes of a popcount of 32-bit lanes CNT, UADDLP and UADALP, a quarter more work. With dot products (UDOT against
-ones) it makes three instructions of it as well, so that is what targets with dot products are given.
+LLVM makes of a popcount of 32-bit lanes CNT, UADDLP and UADALP, a quarter more work. With dot products it makes CNT and
+UDOT against ones of it, three instructions as well, but no faster ones, and its loops over the second plane spill.
+
+Floats in vectors of 32-bit ARM are not quite float32: subnormals count as zeros there, whatever the settings.
 
 AArch64 has no name for UADALP in LLVM: an addition of UADDLP's result becomes one. ARMv7 has: VPADAL.
 """

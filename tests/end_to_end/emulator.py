@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from horq_tvm.compiler import CompiledModel
 from horq_tvm.runtime.loader import read_manifest
+from horq_tvm.specs import TensorSpec
 
 Array = NDArray[Any]
 HERE = Path(__file__).resolve().parent
@@ -64,6 +65,22 @@ class Machine:
             library = Path(folder) / "model.so"
             compiled.export(library)
             return self.run(library, inputs)
+
+
+@dataclass(frozen=True)
+class EmulatedModel:
+    """A compiled model called as a `LoadedModel` is: inputs in order or by name, outputs by name."""
+
+    machine: Machine
+    compiled: CompiledModel
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(i["name"], tuple(i["shape"]), i["dtype"]) for i in self.compiled.report["inputs"])
+
+    def __call__(self, *positional: Array, **named: Array) -> dict[str, Array]:
+        names = [spec.name for spec in self.inputs]
+        return self.machine(self.compiled, **dict(zip(names, positional, strict=False)), **named)
 
 
 MACHINES: Mapping[str, Machine] = {

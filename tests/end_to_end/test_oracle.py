@@ -27,9 +27,11 @@ from horq_tvm.runtime.loader import LoadedModel
 pytest.importorskip("tvm")
 
 from tests.end_to_end.drawn import Drawn, Float32, layers, with_given_scales, with_own_scales
+from tests.end_to_end.emulator import EmulatedModel
 from tests.end_to_end.taps import MEAN_ERROR
 
 DRAWS, LAYERS = 3, 40
+Model = LoadedModel | EmulatedModel
 
 # Shrinking would compile some hundred libraries; the layer that failed is named by its assertion instead.
 SWEEP = settings(
@@ -64,7 +66,7 @@ def test_with_unit_scales_the_output_is_the_sum_of_integers(drawn: list[Drawn]) 
 def exact_results(
     drawn: Sequence[Drawn],
     images: Sequence[Float32],
-    model: LoadedModel,
+    model: Model,
     fed: Sequence[Sequence[int]],
     given_beta: float,
 ) -> Iterator[tuple[Drawn, Float32, reference.HorqResult]]:
@@ -107,7 +109,7 @@ def test_outputs_agree_within_the_tolerance(drawn: list[Drawn], share: Callable[
     assert share_of(doubtful, outputs) < 0.01
 
 
-def check_general(drawn: Sequence[Drawn], model: LoadedModel, images: Sequence[Float32]) -> tuple[int, int]:
+def check_general(drawn: Sequence[Drawn], model: Model, images: Sequence[Float32]) -> tuple[int, int]:
     """Compares a model of `with_own_scales`; returns how many outputs are doubtful, and how many there are."""
     outputs = model(*images)
     doubtful = total = 0
