@@ -1,5 +1,6 @@
 # make demo   sets up and runs the main job on scikit-learn's digits
 # make test   sets up and runs the tests (test-all: the slow ones too)
+# make cross  installs what the ARM tests need (as root, on Debian and Ubuntu); without it they are skipped
 # make lint   ruff and mypy          make bench   the kernel table
 
 PYTHON ?= python3
@@ -8,7 +9,11 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-all lint format bench clean
+CROSS_PROGRAMS := aarch64-linux-gnu-gcc arm-linux-gnueabihf-gcc qemu-aarch64-static qemu-arm-static
+CROSS_PACKAGES := gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-arm-linux-gnueabihf libc6-dev-armhf-cross qemu-user-static
+CROSS_MISSING  := for program in $(CROSS_PROGRAMS); do command -v $$program >/dev/null || echo $$program; done
+
+.PHONY: help setup demo cross say-cross test test-all lint format bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -28,10 +33,17 @@ setup: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python examples/digits.py
 
-test: $(STAMP)
+cross:
+	@test -z "$$($(CROSS_MISSING))" || { apt-get -qq update; apt-get -qq install --yes --no-install-recommends $(CROSS_PACKAGES); }
+
+say-cross:
+	@missing=$$($(CROSS_MISSING)); test -z "$$missing" || \
+	  echo "The tests of ARM are skipped: no $$(echo $$missing) here. Run: make cross (as root), or apt install $(CROSS_PACKAGES)"
+
+test: $(STAMP) say-cross
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-all: $(STAMP)
+test-all: $(STAMP) say-cross
 	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
 
 lint: $(STAMP)
