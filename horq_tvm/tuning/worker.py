@@ -142,7 +142,7 @@ class _Device:
             return found
         except Exception as error:
             try:
-                self._session.get_function("runtime.ModuleLoadFromFile")
+                self._session.get_function("runtime.config_threadpool")  # does it still answer?
             except Exception as gone:
                 self._session = None
                 raise _LostError(f"the device under the key {self._remote.key!r} went away") from gone
