@@ -23,6 +23,8 @@ from .engines import Engine, Peaks, Setting
 from .report import Record
 from .subjects import Subject
 
+NOBODY = "none"
+
 
 def measure(given: argparse.Namespace, setting: Setting, folder: Path) -> Iterator[Record]:
     """The records, network by network and batch by batch; all engines of one take turns, whatever their setting."""
@@ -85,7 +87,7 @@ def parser() -> options.Parser:
         ("signed",),
         "what layers binarise; behind a ReLU the first plane is dropped, and order 1 left out",
     )
-    listed("--peers", engines.PEERS, peers.NAMES, "engines to time in turn with ours")
+    listed("--peers", (*engines.PEERS, NOBODY), peers.NAMES, "engines to time in turn with ours")
     top.add_argument(
         "--twin",
         choices=subjects.TWINS,

@@ -276,6 +276,13 @@ def test_threads_in_one_run_and_batches_one_after_the_other(
     assert "vs 1 thread" in capsys.readouterr().out
 
 
+def test_without_peers_there_is_no_speedup(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--network", small, "--orders", "1", "--peers", "none", "--seconds", "0.001"]
+    assert command.main([*words, "--json", "-"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (record["engine"], record["speedup"]) == ("horq-tvm", {})
+
+
 def test_one_thread_is_pinned_while_it_runs() -> None:
     seen = []
     allowed = os.sched_getaffinity(0)
@@ -368,7 +375,7 @@ def test_same_padding_is_that_of_onnx(inputs: dict[str, int], tmp_path: Path) ->
         ("--orders 9", "found '9'; accepted: orders from 1 to 8"),
         ("--scales batch", "found 'batch'; accepted: patch, sample, static"),
         ("--rest int4", "found 'int4'; accepted: float32, int8"),
-        ("--peers openvino", "accepted: onnxruntime, onnxruntime-int8, tvm"),
+        ("--peers openvino", "accepted: onnxruntime, onnxruntime-int8, tvm, none"),
         ("--threads 0", "found '0'; accepted: numbers from 1, as in 1,2"),
         ("--batch 1,x", "found '1,x'"),
         ("--target zen6", "unknown target 'zen6'"),
