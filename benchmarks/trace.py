@@ -6,6 +6,7 @@ logs every block that it translates and every time it enters one: a count of ins
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import shutil
@@ -22,7 +23,7 @@ from horq_tvm.emit.kernels import entry
 from horq_tvm.emit.plan import CallPlan, Step
 from horq_tvm.errors import HorqError
 
-from .assembly import Instruction, instructions
+from .assembly import Instruction, Loop, innermost_loops, instructions
 from .mca import Tools, call
 
 EMULATORS = {"aarch64": "qemu-aarch64-static", "arm": "qemu-arm-static"}
@@ -73,7 +74,7 @@ def architecture(target: targets.Target) -> str:
 
 
 def trace(tools: Tools, obj: Path, plan: CallPlan, step: Step, symbol: str, target: targets.Target) -> list[Block]:
-    """The blocks of one call of the kernel `symbol`, which is what `step` of `plan` calls.
+    """What one call of the kernel `symbol` runs, which is what `step` of `plan` calls: see `blocks` and `paths`.
 
     HorqError where the cross compiler or qemu is missing, or the kernel fails.
     """
@@ -89,7 +90,8 @@ def trace(tools: Tools, obj: Path, plan: CallPlan, step: Step, symbol: str, targ
     call([*compiler, "-O1", "-static", "-I", str(link.RUNTIME), *sources, "-o", str(folder / "main")])
     call([emulator, "-d", "in_asm,exec,nochain", "-D", str(folder / "log"), str(folder / "main")])
     listing = call([tools.objdump, "-d", "-j", SECTION, "--no-show-raw-insn", str(folder / "main")])
-    return blocks((folder / "log").read_text(errors="replace"), instructions(listing))
+    code = instructions(listing)
+    return paths(blocks((folder / "log").read_text(errors="replace"), code), innermost_loops(code))
 
 
 def program(plan: CallPlan, step: Step, symbol: str) -> str:
@@ -127,3 +129,27 @@ def blocks(log: str, code: Sequence[Instruction]) -> list[Block]:
             found += [Block(tuple(body), times)] if times else []
             body = []
     return found
+
+
+def paths(found: Sequence[Block], loops: Sequence[Loop]) -> list[Block]:
+    """The same, but that the blocks of an innermost loop are joined to the ways through it: they overlap in the core.
+
+    A block that is skipped in some iterations is taken to be skipped in those that skip a more frequent one too: all
+    blocks as often as the rarest runs, then all but the rarest, and so on. Every instruction keeps its count.
+    """
+    spans = [(loop.body[0].address, loop.body[-1].address) for loop in loops]
+
+    def span(block: Block) -> tuple[int, int] | None:
+        return next((s for s in spans if s[0] <= block.body[0].address <= s[1]), None)
+
+    joined: list[Block] = []
+    for loop, group in itertools.groupby(found, span):
+        members = list(group)
+        if loop is None:
+            joined += members
+            continue
+        levels = sorted({block.runs for block in members})
+        for below, level in itertools.pairwise([0, *levels]):
+            body = [instruction for block in members if block.runs >= level for instruction in block.body]
+            joined.append(Block(tuple(body), level - below))
+    return joined

@@ -29,6 +29,30 @@ def test_blocks_that_overlap_are_added_up_and_others_code_is_left_out() -> None:
     ]
 
 
+def test_the_ways_through_a_loop_are_joined_and_keep_every_count() -> None:
+    lines = [
+        "mov x9, #0x3",
+        "ldr q0, [x1]",
+        "tbz w9, #0x0, 0x10",
+        "cnt v1.16b, v0.16b",
+        "subs x9, x9, #0x1",
+        "b.ne 0x4",
+    ]
+    code = assembly.instructions("\n".join(f"{4 * i:x}: {line}" for i, line in enumerate(lines)))
+    found = [
+        trace.Block((code[0],), 1),
+        trace.Block(tuple(code[1:3]), 30),
+        trace.Block((code[3],), 10),
+        trace.Block(tuple(code[4:]), 30),
+    ]
+    assert trace.paths(found, assembly.innermost_loops(code)) == [
+        trace.Block((code[0],), 1),
+        trace.Block(tuple(code[1:]), 10),
+        trace.Block((*code[1:3], *code[4:]), 20),
+    ]
+    assert trace.paths(found, []) == found
+
+
 def test_a_kernel_counts_every_bit_once(tmp_path: Path) -> None:
     machine("aarch64")  # skips where the cross compiler or qemu is missing
     try:
