@@ -158,6 +158,14 @@ def test_a_pick_that_is_not_faster_is_not_used(fake: type[Fake], tmp_path: Path)
     assert built.library.read_bytes().count(b"default") == len(built.report["layers"])
 
 
+def test_faster_is_faster_at_its_best_too() -> None:
+    quick, slow, disturbed = (1.0, 1.01, 1.02), (1.1, 1.11, 1.12), (1.0, 3.0, 3.1)
+    assert confirm.faster(quick, slow)
+    assert not confirm.faster(slow, quick)
+    assert not confirm.faster(quick, disturbed)
+    assert not confirm.faster(disturbed, slow)
+
+
 def test_a_stale_record_is_reported_and_the_default_taken(fake: type[Fake], tmp_path: Path) -> None:
     tune(tmp_path)
     for path in tmp_path.glob("*/*.jsonl"):
