@@ -19,6 +19,10 @@ WORKING = 5  # registers beside accumulators and spread elements: weights, and w
 LATENCY = 5  # cycles of a multiply-accumulate: a step takes no less
 ISSUE = 3  # instructions a cycle
 LOOP = 4  # of the loop itself
+COUNTED = 1.5  # cycles of the vector pipes for EOR, CNT and UADALP, two of them a cycle
+MULTIPLIED = 0.5  # for FMLA
+MAX_COUNTED = 8  # vectors of filters
+RAGGED = 1.5
 
 
 def direct_convolution(func: tirx.PrimFunc, target: Target, decide: Decide = by_default) -> s_tir.Schedule | None:
@@ -42,7 +46,7 @@ def direct_convolution(func: tirx.PrimFunc, target: Target, decide: Decide = by_
         registers=target.vector_registers,
         latency=LATENCY,
         q_multiple=max(1, 32 // lanes) if packs else 1,
-        per_step=0.5 if kind.startswith("multiply") else 1.5,
+        per_step=MULTIPLIED if kind.startswith("multiply") else COUNTED,
     )
     tile = choose(loop, decide)
     work = neon.work(sch, reductions[0]) if in_halves else blocks.work(sch, reductions[0])
@@ -60,15 +64,29 @@ def direct_convolution(func: tirx.PrimFunc, target: Target, decide: Decide = by_
 
 
 def choose(loop: Loop, decide: Decide = by_default) -> Tile:
-    """The tile with the fewest cycles a step among those whose accumulators leave room for the operands."""
-    found = [tile for tile in candidates(loop) if tile.px * tile.q + tile.px + WORKING <= loop.registers]
+    """The tile with the fewest cycles a step among those whose accumulators leave room for the operands.
+
+    Counted bits take at most 8 vectors of filters: their weights, 128 bytes a word, stay in the first cache then.
+    """
+    most = MAX_COUNTED if loop.per_step == COUNTED else loop.blocks
+    found = [
+        tile for tile in candidates(loop) if tile.px * tile.q + tile.px + WORKING <= loop.registers and tile.q <= most
+    ]
     return decided(loop, found, lambda tile: _score(loop, tile), decide)
 
 
 def _score(loop: Loop, tile: Tile) -> float:
-    """Cycles for one vector of 128 bits (or 4 floats): what is left of a row has a loop of its own."""
+    """Cycles for one vector of 128 bits (or 4 floats).
+
+    What is left of a row has a loop of its own; not so where bits are counted in halves, since TVM does not take a loop
+    of vector code apart: there every step asks whether a pixel exists.
+    """
     full, rest = divmod(loop.width, tile.px)
-    cycles = full * _cycles(loop, tile.px, tile.q) + (_cycles(loop, rest, tile.q) if rest else 0.0)
+    cycles = full * _cycles(loop, tile.px, tile.q)
+    if rest and loop.per_step == COUNTED:
+        cycles = RAGGED * (cycles + _cycles(loop, tile.px, tile.q))
+    elif rest:
+        cycles += _cycles(loop, rest, tile.q)
     return cycles / (loop.width * tile.q) + 0.01 / (tile.px * tile.q)
 
 
