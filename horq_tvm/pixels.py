@@ -88,8 +88,10 @@ def _step(value: relax.Expr, channels: int, *, planar: bool) -> tuple[relax.Expr
     if name not in ("relax.add", "relax.subtract", "relax.multiply", *(() if integers else ("relax.divide",))):
         return None
     left, right = (_vector(arg, channels, planar=planar) for arg in value.args)
+    operand = value.args[0 if right is not None else 1]
+    if [int(e) for e in operand.ty.shape] != [int(e) for e in value.ty.shape]:
+        return None  # the constant broadcasts the image, to more channels for one
     if right is not None:
-        operand = value.args[0]
         if name == "relax.add":
             return operand, ones, right
         if name == "relax.subtract":
@@ -97,7 +99,6 @@ def _step(value: relax.Expr, channels: int, *, planar: bool) -> tuple[relax.Expr
         with np.errstate(divide="ignore"):
             return operand, right if name == "relax.multiply" else 1 / right, zeros
     if left is not None and name != "relax.divide":
-        operand = value.args[1]
         if name == "relax.multiply":
             return operand, left, zeros
         return operand, ones if name == "relax.add" else -ones, left

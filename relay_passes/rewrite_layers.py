@@ -65,7 +65,9 @@ class RewriteLayers:
                     writer.bind(var, value)
                 else:
                     writer.map(var, rewriter.layer(value, config))
-                    rewriter.parts[str(value.attrs["name"])]["output"] = _output(program, var, value)
+                    name = str(value.attrs["name"])
+                    if name in self.taps:
+                        rewriter.parts[name]["output"] = _output(program, var, value)
             return self._finish(writer, program, rewriter)
 
     def _finish(self, writer: Writer, program: Program, rewriter: _Rewriter) -> tvm.IRModule:

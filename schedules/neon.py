@@ -16,11 +16,13 @@ AArch64 has no name for UADALP in LLVM: an addition of UADDLP's result becomes o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from tvm import s_tir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from horq_tvm.errors import HorqError
 from horq_tvm.ops import Geometry
 
 from . import blocks
@@ -51,6 +53,9 @@ def count(shapes: Shapes, plane: int, wide: bool) -> tirx.PrimFunc:
 
     Two blocks: `halves` adds up the window in 16-bit lanes, `flush` adds up the halves of each output channel.
     """
+    words = prod(shapes.weight[2:5])
+    if words * 32 > MAX_ROW:  # MAX_ROW is of whole words; channels that fill half of one could be many windows more
+        raise HorqError(f"a row of {words} words can overflow 16-bit counts; accepted are up to {MAX_ROW // 32}")
     with IRBuilder() as builder, T.prim_func(private=True, s_tir=True):
         T.func_name("count")
         planes = T.arg("planes", T.Buffer(_wide(shapes.planes), "uint32"))

@@ -307,3 +307,8 @@ def test_calibration_data_that_are_no_bytes() -> None:
         )
     whole = np.full((1, 3, 12, 14), 7.0)
     horq_tvm.build(network("NCHW"), order="float", rest="int8", calibration={"image": whole})
+
+
+def test_a_grey_image_that_becomes_three_channels_is_no_normalisation() -> None:
+    found, _ = normalised(lambda emit, x: emit(op.divide(x, c(DEVIATION, 1, 1, 1, 3))), shape=(1, 4, 5, 1))
+    assert found is None

@@ -166,7 +166,8 @@ def _linear(node: Node) -> tuple[Array, Array]:
     """Scale float32 and zero point, constants, of one element or one along `axis`, in a shape that broadcasts."""
     scale, zero = node.constant(1, "a scale"), node.constant(2, "a zero point")
     x = node.operand(0)
-    kind = str(x.ty.dtype.dtype) if node.op == "DequantizeLinear" else "uint8"
+    wanted = linear.kind_without_zero_point(node.attrs)
+    kind = np.dtype(str(x.ty.dtype.dtype)) if node.op == "DequantizeLinear" else wanted
     zero = np.zeros((), kind) if zero is None else zero
     if scale is None or scale.dtype != np.float32 or zero.dtype.kind not in "iu" or zero.dtype.itemsize > 4:
         found = "none" if scale is None else f"{scale.dtype} and {zero.dtype}"

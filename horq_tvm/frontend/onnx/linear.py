@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import onnx
 
 from ...straightline import Array
 
 OPERATORS = ("QuantizeLinear", "DequantizeLinear")
 
 
-def evaluate(op: str, operands: Sequence[Array], axis: int) -> Array | None:
+def kind_without_zero_point(attrs: Mapping[str, Any]) -> np.dtype[Any]:
+    """What a QuantizeLinear without a zero point gives: its output_dtype (opset 21), else uint8."""
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(attrs.get("output_dtype") or onnx.TensorProto.UINT8))
+
+
+def evaluate(op: str, operands: Sequence[Array], axis: int, attrs: Mapping[str, Any]) -> Array | None:
     """The result for x, scale float32 and zero point (or none), one for all or one along `axis`.
 
     None for what is not that: blocks, other floats, integers of less than 8 bits.
     """
     x, scale = operands[:2]
-    kind = "uint8" if op == "QuantizeLinear" else str(x.dtype)
+    kind = kind_without_zero_point(attrs) if op == "QuantizeLinear" else x.dtype
     zero = operands[2] if len(operands) > 2 else np.zeros((), kind)
     if scale.dtype != np.float32 or scale.ndim > 1 or zero.dtype.kind not in "iu":
         return None
