@@ -168,7 +168,7 @@ class _GraphImporter(onnx_frontend.ONNXGraphImporter):
         values = [value.value.numpy() for value in known]
         if (
             node.op_type in linear.OPERATORS
-            and (found := linear.evaluate(node.op_type, values, _axis(node), attrs)) is not None
+            and (found := linear.evaluate(node.op_type, values, _axis(node), _attributes(node))) is not None
         ):
             return [constant(found)]
         return [constant(value) for value in self._evaluate(node, values)]
