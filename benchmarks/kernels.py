@@ -19,12 +19,12 @@ import numpy as np
 
 from horq_tvm import peers, targets
 from horq_tvm.cli import options
-from horq_tvm.cli.show import progress, table, write_json
+from horq_tvm.cli.show import progress, table
 from horq_tvm.runtime.loader import load
 
 from . import fragments, onnx_layers, peak
 from .arguments import count, listed, orders, seconds
-from .command import execute, target_that_runs_here
+from .command import deliver, execute, target_that_runs_here
 from .fragments import Conv, Fragment
 from .measure import Probe, alternate, call_probe, kernel_probe, pinned, ratio
 
@@ -320,10 +320,7 @@ def run(arguments: argparse.Namespace) -> None:
         folder = arguments.keep or Path(scratch)
         setting = Setting(target, arguments.threads, arguments.batch, arguments.seconds, folder, say)
         records = measure(setting, arguments.orders, arguments.activations, arguments.kinds)
-    if arguments.json is not None:
-        write_json(arguments.json, records)
-    if arguments.json != "-":
-        print(describe(records))
+    deliver(records, arguments.json, describe)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

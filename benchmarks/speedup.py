@@ -28,12 +28,11 @@ import numpy as np
 
 from horq_tvm import peers, targets
 from horq_tvm.cli import options
-from horq_tvm.cli.show import progress, table, write_json
-from horq_tvm.files import check_writable
+from horq_tvm.cli.show import progress, table
 from horq_tvm.runtime.loader import load
 
 from . import arguments, fragments, onnx_layers, peak
-from .command import execute, target_that_runs_here
+from .command import deliver, execute, target_that_runs_here
 from .fragments import Conv, Fragment
 from .measure import Probe, alternate, call_probe, kernel_probe, pinned, ratio
 
@@ -168,14 +167,9 @@ def parser() -> options.Parser:
 def run(given: argparse.Namespace) -> None:
     """Measure, print the table, write the records."""
     target = target_that_runs_here(given.target)
-    if given.json not in (None, "-"):
-        check_writable(given.json)
     with progress() as say, tempfile.TemporaryDirectory(prefix="horq-speedup-") as scratch, pinned(1):
         records = list(measure(target, given.sweeps, given.seconds, Path(scratch), say))
-    if given.json is not None:
-        write_json(given.json, records)
-    if given.json != "-":
-        print(describe(records))
+    deliver(records, given.json, describe)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

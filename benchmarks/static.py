@@ -20,14 +20,14 @@ import numpy as np
 
 from horq_tvm import targets
 from horq_tvm.cli import options
-from horq_tvm.cli.show import progress, table, write_json
+from horq_tvm.cli.show import progress, table
 from horq_tvm.emit import kernels as emit_kernels
 from horq_tvm.emit.plan import CallPlan, Step, lower, make_plan
 from horq_tvm.errors import HorqError
 
 from . import assembly, fragments, mca, trace
 from .arguments import listed, orders
-from .command import execute
+from .command import deliver, execute
 from .fragments import Fragment
 from .kernels import FLOAT_CONVS, STAGES
 
@@ -288,10 +288,7 @@ def run(arguments: argparse.Namespace) -> None:
     with progress() as say, tempfile.TemporaryDirectory(prefix="horq-static-") as scratch:
         folder = arguments.keep or Path(scratch)
         records = examine(Setting(chosen, arguments.orders, folder, arguments.loops_only, say))
-    if arguments.json is not None:
-        write_json(arguments.json, records)
-    if arguments.json != "-":
-        print(describe(records))
+    deliver(records, arguments.json, describe)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

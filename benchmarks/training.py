@@ -17,13 +17,12 @@ from torch.nn import functional as F
 
 from horq_tvm import zoo
 from horq_tvm.cli import options
-from horq_tvm.cli.show import write_json
 from horq_tvm.nn import keep_freed_memory
 from horq_tvm.specs import SCALES
 from horq_tvm.timing import interleaved
 
 from . import arguments
-from .command import execute
+from .command import deliver, execute
 
 Record = dict[str, Any]
 
@@ -100,10 +99,7 @@ def run(given: argparse.Namespace) -> None:
     keep_freed_memory()
     torch.set_num_threads(given.threads)
     records = measure(given.network, given.orders, given.batch, given.bf16, given.seconds)
-    if given.json is not None:
-        write_json(given.json, records)
-    if given.json != "-":
-        print(table(records))
+    deliver(records, given.json, table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

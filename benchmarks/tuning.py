@@ -20,7 +20,7 @@ from typing import Any
 import horq_tvm
 from horq_tvm import targets
 from horq_tvm.cli import options
-from horq_tvm.cli.show import progress, table, write_json
+from horq_tvm.cli.show import progress, table
 from horq_tvm.cli.tune import describe as describe_run
 from horq_tvm.compiler import CompiledModel
 from horq_tvm.files import replacing
@@ -28,7 +28,7 @@ from horq_tvm.runtime.loader import LoadedModel
 from horq_tvm.tuning.database import SUFFIX, Database, target_key
 
 from .arguments import count, listed, orders, seconds
-from .command import execute, target_that_runs_here
+from .command import deliver, execute, target_that_runs_here
 from .measure import aligned_copy, alternate, pinned, ratio
 from .networks import subjects
 from .networks.arithmetic import floors_ms, layer_work
@@ -190,10 +190,7 @@ def run(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="horq-tuning-") as folder, progress() as say:
         say("tuning and timing")
         records = list(measure(given, target, Path(folder)))
-    if given.json is not None:
-        write_json(given.json, records)
-    if given.json != "-":
-        print(describe(records))
+    deliver(records, given.json, describe)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

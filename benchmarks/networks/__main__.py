@@ -11,12 +11,11 @@ from pathlib import Path
 
 from horq_tvm import peers, targets
 from horq_tvm.cli import options
-from horq_tvm.cli.show import progress, write_json
-from horq_tvm.files import check_writable
+from horq_tvm.cli.show import progress
 from horq_tvm.specs import RESTS, SCALES
 
 from .. import arguments
-from ..command import execute, target_that_runs_here
+from ..command import deliver, execute, target_that_runs_here
 from ..measure import pinned
 from . import engines, report, subjects
 from .engines import Engine, Peaks, Setting
@@ -109,17 +108,12 @@ def parser() -> options.Parser:
 def run(given: argparse.Namespace) -> None:
     """Measure, print the tables, write the records."""
     target = target_that_runs_here(given.target)
-    if given.json not in (None, "-"):
-        check_writable(given.json)
     if given.keep is not None:
         given.keep.mkdir(parents=True, exist_ok=True)
     with progress() as say, tempfile.TemporaryDirectory(prefix="horq-networks-") as scratch:
         setting = Setting(target, given.threads, given.batch[0], given.seconds, say)
         records = list(measure(given, setting, given.keep or Path(scratch)))
-    if given.json is not None:
-        write_json(given.json, records)
-    if given.json != "-":
-        print(report.describe(records))
+    deliver(records, given.json, report.describe)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

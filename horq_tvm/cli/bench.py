@@ -36,7 +36,11 @@ def add(verbs: options.Verbs) -> None:
         "--model", metavar="MODEL", help="the .onnx that the peers run (default: the MODEL that is compiled)"
     )
     verb.add_argument(
-        "--seconds", type=_seconds, default=2.0, metavar="S", help="how long to time each engine (default: 2)"
+        "--seconds",
+        type=options.above_zero("seconds"),
+        default=2.0,
+        metavar="S",
+        help="how long to time each engine (default: 2)",
     )
     options.add_threads_option(verb)
     options.add_model_options(verb)
@@ -185,13 +189,3 @@ def _peers(text: str) -> tuple[str, ...]:
     if unknown or not names:
         raise argparse.ArgumentTypeError(f"found {text!r}; accepted: {', '.join(PEERS)}, separated by commas")
     return names
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {text!r}; accepted: a number of seconds above 0")
-    return value

@@ -37,6 +37,21 @@ def add_json_option(verb: Parser) -> None:
     verb.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
 
 
+def above_zero(unit: str) -> Callable[[str], float]:
+    """A finite number of `unit` above 0."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"found {text!r}; accepted: a number of {unit} above 0")
+        return value
+
+    return parse
+
+
 def add_threads_option(verb: Parser) -> None:
     """--threads N, 1 by default."""
     verb.add_argument("--threads", type=_threads, default=1, metavar="N", help="threads of one run (default: 1)")

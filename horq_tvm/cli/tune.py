@@ -28,7 +28,9 @@ def add(verbs: options.Verbs) -> None:
         help="measurements that the database shall hold of this model's kernels in the end; a killed run goes on",
     )
     verb.add_argument("--database", required=True, metavar="DIR", help="the folder to keep them in; made if missing")
-    verb.add_argument("--minutes", type=_minutes, metavar="M", help="stop after so long, whatever is left")
+    verb.add_argument(
+        "--minutes", type=options.above_zero("minutes"), metavar="M", help="stop after so long, whatever is left"
+    )
     verb.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: 0)")
     verb.add_argument("--rpc", metavar="HOST:PORT", help="an RPC tracker, whose devices under --key measure")
     verb.add_argument("--key", metavar="KEY", help="under which the devices are known to the tracker")
@@ -141,13 +143,3 @@ def _trials(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; accepted: a number from 1")
     return int(text)
-
-
-def _minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {text!r}; accepted: a number of minutes above 0")
-    return value

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -168,7 +169,7 @@ class _GraphImporter(onnx_frontend.ONNXGraphImporter):
         values = [value.value.numpy() for value in known]
         if (
             node.op_type in linear.OPERATORS
-            and (found := linear.evaluate(node.op_type, values, _axis(node), _attributes(node))) is not None
+            and (found := linear.evaluate(node.op_type, values, _attributes(node))) is not None
         ):
             return [constant(found)]
         return [constant(value) for value in self._evaluate(node, values)]
@@ -200,7 +201,7 @@ class Grid:
     def of(cls, node: onnx.NodeProto, inputs: list[relax.Expr | None]) -> Grid:
         """Of a DequantizeLinear of constants."""
         values, steps = (operand.value.numpy() for operand in inputs[:2] if operand is not None)
-        return cls(steps, _axis(node), values.shape)
+        return cls(steps, _attributes(node).get("axis", 1), values.shape)
 
     def filters(self, node: onnx.NodeProto) -> Array | None:
         """The step of each filter of the layer that `node` is, None where they differ within a filter."""
@@ -212,17 +213,13 @@ class Grid:
         return self.steps.ravel() if self.steps.ndim == 1 and self.axis % rank == axis else None
 
 
-def _axis(node: onnx.NodeProto) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
-
-
 def _is_given(attribute: onnx.AttributeProto) -> bool:
     """Whether the attribute says anything: TVM refuses an empty list, which is the same as none."""
     value = onnx.helper.get_attribute_value(attribute)
     return not (isinstance(value, list) and not value)
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, object]:
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """A node's attributes by name, strings decoded."""
     values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if _is_given(a)}
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}

@@ -18,12 +18,13 @@ def kind_without_zero_point(attrs: Mapping[str, Any]) -> np.dtype[Any]:
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(attrs.get("output_dtype") or onnx.TensorProto.UINT8))
 
 
-def evaluate(op: str, operands: Sequence[Array], axis: int, attrs: Mapping[str, Any]) -> Array | None:
-    """The result for x, scale float32 and zero point (or none), one for all or one along `axis`.
+def evaluate(op: str, operands: Sequence[Array], attrs: Mapping[str, Any]) -> Array | None:
+    """The result for x, scale float32 and zero point (or none), one for all or one along the axis.
 
     None for what is not that: blocks, other floats, integers of less than 8 bits.
     """
     x, scale = operands[:2]
+    axis = attrs.get("axis", 1)
     kind = kind_without_zero_point(attrs) if op == "QuantizeLinear" else x.dtype
     zero = operands[2] if len(operands) > 2 else np.zeros((), kind)
     if scale.dtype != np.float32 or scale.ndim > 1 or zero.dtype.kind not in "iu":
