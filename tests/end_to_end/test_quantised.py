@@ -196,6 +196,33 @@ def test_weights_whose_largest_is_not_127_keep_their_integers() -> None:
             assert np.abs(found - expected).max() < 1.1 * 0.02 * 128 * 0.3
 
 
+@pytest.mark.parametrize("back", [["q", "s"], ["q", "s", ""], ["q", "s", "zero"]])
+@pytest.mark.parametrize("kind", [TensorProto.INT8, TensorProto.INT4, TensorProto.UINT4])
+def test_no_zero_point_and_narrow_weights(kind: int, back: list[str]) -> None:
+    """A pair without a zero point is a pair (uint8, 0 is 0); weights of 4 bits are folded like those of 8."""
+    rng = np.random.default_rng(6)
+    low, high = {TensorProto.INT8: (-128, 128), TensorProto.INT4: (-8, 8), TensorProto.UINT4: (0, 16)}[kind]
+    integers = rng.integers(low, high, (4, 3, 3, 3))
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s"], ["q"]),
+        helper.make_node("DequantizeLinear", back, ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "ws"], ["wd"], axis=0),
+        helper.make_node("Conv", ["d", "wd"], ["y"], name="a"),
+    ]
+    steps = np.array([0.1, 0.2, 0.05, 0.3], "float32")
+    proto = model(nodes, {"s": np.float32(0.02), "ws": steps, "zero": np.uint8(0)})
+    proto.opset_import[0].version = 21
+    proto.graph.initializer.append(helper.make_tensor("w", kind, integers.shape, integers.ravel()))
+    layer = int8_layers(proto)["a"]
+    assert activation_of(layer.attrs) == Activation(float(np.float32(0.02)), 0)
+    np.testing.assert_array_equal(array_of(layer.args[1]).transpose(0, 3, 1, 2), integers)
+    x = 0.02 * rng.integers(-40, 300, SHAPE).astype("float32")  # in the middle of its step
+    expected = peer(proto, x, fused=False)
+    for rest in ("float32", "int8"):
+        found = horq_tvm.build(proto, order="float", rest=rest)(x)["y"]
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_bytes_that_are_dequantised_are_an_image() -> None:
     filters = np.random.default_rng(0).standard_normal((4, 3, 3, 3)).astype("float32")
     nodes = [

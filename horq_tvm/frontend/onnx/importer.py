@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ class _GraphImporter(onnx_frontend.ONNXGraphImporter):
 
     def _parse_graph_initializers(self, graph: onnx.GraphProto) -> None:
         for tensor in graph.initializer:
-            self._nodes[tensor.name] = constant(onnx.numpy_helper.to_array(tensor))
+            self._nodes[tensor.name] = constant(_in_whole_bytes(onnx.numpy_helper.to_array(tensor)))
 
     def _check_for_unsupported_ops(self, graph: onnx.GraphProto) -> None:
         """Done before, with node names."""
@@ -186,7 +187,13 @@ class _GraphImporter(onnx_frontend.ONNXGraphImporter):
         graph = onnx.helper.make_graph([node], node.name, declared, wanted)
         single = onnx.helper.make_model(graph, opset_imports=self._opsets)
         results = onnx.reference.ReferenceEvaluator(single).run(None, feeds)
-        return [np.asarray(value) for value in results]
+        return [_in_whole_bytes(np.asarray(value)) for value in results]
+
+
+def _in_whole_bytes(array: Array) -> Array:
+    """The array; integers of less than 8 bits, which neither NumPy nor TVM has, as those of 8."""
+    narrow = re.fullmatch(r"(u?int)[24]", str(array.dtype))
+    return array.astype(f"{narrow[1]}8") if narrow else array
 
 
 @dataclass(frozen=True)

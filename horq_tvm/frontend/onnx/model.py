@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ from tvm.relax.frontend.onnx import onnx_frontend
 from ...errors import HorqError, UsageError
 from ..shapes import OpenShape, fix_shapes
 from .converters import CONVERTERS, FAKE_QUANTIZE, INTERNAL
+from .linear import kind_without_zero_point
 
 OLDEST_OPSET = 7
 """Opset 7 brought NumPy's broadcasting; before it Add and Mul take an axis that no exporter of today writes."""
@@ -171,8 +173,12 @@ def pair_quantisations(graph: onnx.GraphProto) -> None:
         source = quantised.get(node.input[0]) if _is(node, "DequantizeLinear") else None
         if source is None or source.input[0] in constants:
             continue
-        operands = [[constants.get(name) for name in pair.input[1:]] for pair in (source, node)]
+        kind = _zero_point_kind(source, constants)
+        operands = [_scale_and_zero_point(pair, constants, kind) for pair in (source, node)]
         if _same_scalars(*operands):
+            if len(_given(node)) == 2:
+                graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((), kind), f"{node.output[0]}.zero"))
+                node.input[2:] = [graph.initializer[-1].name]
             node.op_type, node.domain = FAKE_QUANTIZE, INTERNAL
             node.input[0] = source.input[0]
     read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
@@ -185,8 +191,29 @@ def _is(node: onnx.NodeProto, op: str) -> bool:
     return node.op_type == op and _domain(node.domain) == STANDARD
 
 
+def _given(node: onnx.NodeProto) -> list[str]:
+    """The node's operands without an empty name at the end."""
+    return list(node.input[:-1] if node.input and not node.input[-1] else node.input)
+
+
+def _zero_point_kind(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> np.dtype[Any]:
+    """The integers that a QuantizeLinear gives: its zero point's, else those of its output_dtype, else uint8."""
+    given = _given(node)[2:]
+    if given and given[0] in constants:
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(constants[given[0]].data_type))
+    return kind_without_zero_point({a.name: a.i for a in node.attribute if a.name == "output_dtype"})
+
+
+def _scale_and_zero_point(
+    node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], kind: np.dtype[Any]
+) -> list[onnx.TensorProto | None]:
+    """Both as constants, None for what is none; a zero point that is not given is 0 of `kind`."""
+    found = [constants.get(name) for name in _given(node)[1:]]
+    return found if len(found) > 1 else [*found, onnx.numpy_helper.from_array(np.zeros((), kind))]
+
+
 def _same_scalars(first: Sequence[onnx.TensorProto | None], second: Sequence[onnx.TensorProto | None]) -> bool:
-    """Whether scale and zero point, the latter given, are known, of one element, and the same."""
+    """Whether scale and zero point are known, of one element, and the same."""
     if len(first) != 2 or len(second) != 2:
         return False
     for a, b in zip(first, second, strict=True):
