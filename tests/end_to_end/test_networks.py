@@ -18,6 +18,7 @@ from horq_tvm import reference
 from horq_tvm.compiler import CompiledModel
 from horq_tvm.export import export_program, to_onnx
 from horq_tvm.specs import Scale
+from tests.end_to_end.alone import alone
 from tests.end_to_end.taps import Array, Tap, assert_within, compare
 from tests.networks import HORQ_LAYERS, binary_weight, cifar_images, cifar_resnet, cifar_resnet_float
 
@@ -137,25 +138,6 @@ def test_layers_are_those_of_onnxruntime_on_the_same_input(network: Network) -> 
         slack = 2 * (own.tolerance + means * np.abs(own.sums).sum(0))
         assert own.doubtful.mean() < 0.01
         assert_within(np.where(own.doubtful, found, tap.features), found, slack)
-
-
-def alone(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
-    """A model of the HORQ nodes of `model` side by side, node L from input L.x to output L.y."""
-    nodes = {node.name: node for node in model.graph.node if node.name in shapes}
-    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
-    used = {name for node in nodes.values() for name in list(node.input)[1:]}
-    for name, node in nodes.items():
-        node.input[0], node.output[0] = f"{name}.x", f"{name}.y"
-    graph = helper.make_graph(
-        [nodes[name] for name in shapes],
-        "layers",
-        [helper.make_tensor_value_info(f"{name}.x", kind, shape) for name, shape in shapes.items()],
-        [helper.make_tensor_value_info(f"{name}.y", kind, None) for name in shapes],
-        [tensor for tensor in model.graph.initializer if tensor.name in used],
-    )
-    return helper.make_model(
-        graph, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions
-    )
 
 
 def test_fusing_the_next_binarisation_changes_nothing(network: Network) -> None:
