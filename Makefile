@@ -12,6 +12,11 @@ PYTEST_ARGS ?=
 CROSS_PROGRAMS := aarch64-linux-gnu-gcc arm-linux-gnueabihf-gcc qemu-aarch64-static qemu-arm-static
 CROSS_PACKAGES := gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-arm-linux-gnueabihf libc6-dev-armhf-cross qemu-user-static
 CROSS_MISSING  := for program in $(CROSS_PROGRAMS); do command -v $$program >/dev/null || echo $$program; done
+# Apart from the others, as not every distribution has it. Any LLVM from 16 on will do; "llvm" may be an older one.
+MCA_PACKAGE    ?= llvm-19
+MCA_MISSING    := for suffix in "" $$(seq -f -%g 16 40); do \
+  version=$$(llvm-mca$$suffix --version 2>/dev/null | sed -n 's/.*LLVM version \([0-9]*\).*/\1/p'); \
+  test "$${version:-0}" -lt 16 || exit 0; done; echo llvm-mca
 
 .PHONY: help setup demo cross say-cross test test-all lint format bench clean
 
@@ -34,11 +39,15 @@ demo: $(STAMP)
 	$(BIN)/python examples/digits.py
 
 cross:
-	@test -z "$$($(CROSS_MISSING))" || { apt-get -qq update; apt-get -qq install --yes --no-install-recommends $(CROSS_PACKAGES); }
+	@test -z "$$($(CROSS_MISSING))$$($(MCA_MISSING))" || apt-get -qq update
+	@test -z "$$($(CROSS_MISSING))" || apt-get -qq install --yes --no-install-recommends $(CROSS_PACKAGES)
+	@test -z "$$($(MCA_MISSING))" || apt-get -qq install --yes --no-install-recommends $(MCA_PACKAGE)
 
 say-cross:
 	@missing=$$($(CROSS_MISSING)); test -z "$$missing" || \
 	  echo "The tests of ARM are skipped: no $$(echo $$missing) here. Run: make cross (as root), or apt install $(CROSS_PACKAGES)"
+	@missing=$$($(MCA_MISSING)); test -z "$$missing" || \
+	  echo "Tests of ARM's static analysis are skipped: no llvm-mca from LLVM 16 on here. Run: make cross, or apt install $(MCA_PACKAGE)"
 
 test: $(STAMP) say-cross
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
