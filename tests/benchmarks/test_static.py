@@ -73,6 +73,19 @@ def test_a_core_without_numbers_is_checked_but_not_timed(tools: mca.Tools) -> No
     assert (known["model"], known["spills"], known["vectors_per_iteration"]) == ("A57", 0, kind.copies)
 
 
+def test_products_that_are_added_by_themselves_count_as_well(tools: mca.Tools) -> None:
+    """32-bit code for a Cortex-A7 has no VFMA; where a core is known, the VADD costs its part of the bound."""
+    kind = static.KINDS["arm"][static.FLOATS]
+    apart = [line for i in range(6) for line in (f"vmul.f32 q{i}, q14, q15", f"vadd.f32 q{i + 6}, q{i + 6}, q{i}")]
+    listing = "\n".join(f"{4 * i:x}: {text}" for i, text in enumerate([*apart, "b 0x0"]))
+    unknown, known = (
+        static.analyse(tools, listing, target_of(mcpu, "armv7-linux-gnueabihf"), kind)
+        for mcpu in ("cortex-a7", "cortex-a72")
+    )
+    assert (unknown["vectors_per_iteration"], unknown["cycles"]) == (6, None)
+    assert known["fraction_of_bound"] == pytest.approx(0.5, abs=0.1)
+
+
 def test_what_is_not_needed_costs_its_part_of_the_bound(tools: mca.Tools) -> None:
     """A fourth instruction on the same pipes leaves three quarters."""
     alone = static.analyse(tools, loop_of(BITS), target_of("cortex-a72"), BITS)
