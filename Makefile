@@ -1,6 +1,7 @@
 # make demo   sets up and runs the main job on scikit-learn's digits
 # make test   sets up and runs the tests (test-all: the slow ones too)
 # make cross  installs what the ARM tests need (as root, on Debian and Ubuntu); without it they are skipped
+# make opencl installs what runs the kernels for CUDA on the CPU (likewise); without it their tests are skipped
 # make lint   ruff and mypy          make bench   the kernel table
 
 PYTHON ?= python3
@@ -18,7 +19,11 @@ MCA_MISSING    := for suffix in "" $$(seq -f -%g 16 40); do \
   version=$$(llvm-mca$$suffix --version 2>/dev/null | sed -n 's/.*LLVM version \([0-9]*\).*/\1/p'); \
   test "$${version:-0}" -lt 16 || exit 0; done; echo llvm-mca
 
-.PHONY: help setup demo cross say-cross test test-all lint format bench clean
+# An OpenCL device that is the CPU: what makes one of it, and whether it is known to the loader of such devices.
+OPENCL_PACKAGES := pocl-opencl-icd
+OPENCL_MISSING  := ls /etc/OpenCL/vendors 2>/dev/null | grep -q pocl || echo PoCL
+
+.PHONY: help setup demo cross say-cross opencl say-opencl test test-all lint format bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -49,10 +54,17 @@ say-cross:
 	@missing=$$($(MCA_MISSING)); test -z "$$missing" || \
 	  echo "Tests of ARM's static analysis are skipped: no llvm-mca from LLVM 16 on here. Run: make cross, or apt install $(MCA_PACKAGE)"
 
-test: $(STAMP) say-cross
+opencl:
+	@test -z "$$($(OPENCL_MISSING))" || { apt-get -qq update; apt-get -qq install --yes --no-install-recommends $(OPENCL_PACKAGES); }
+
+say-opencl:
+	@missing=$$($(OPENCL_MISSING)); test -z "$$missing" || \
+	  echo "The tests that execute kernels for CUDA are skipped: no $$missing here. Run: make opencl (as root), or apt install $(OPENCL_PACKAGES)"
+
+test: $(STAMP) say-cross say-opencl
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-all: $(STAMP) say-cross
+test-all: $(STAMP) say-cross say-opencl
 	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
 
 lint: $(STAMP)

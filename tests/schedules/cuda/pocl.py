@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ TARGET = {
     "max_shared_memory_per_block": 49152,
     "host": {"kind": "llvm"},
 }
-UNWRITTEN = 0xC5  # what each byte of a fresh buffer holds, so that what no kernel writes is told from a zero
+UNWRITTEN = 0xC5  # each byte of memory that nobody has written, so that this is told from a zero; prelude.cl has it too
 
 
 @cache
@@ -89,10 +89,14 @@ class Function:
 
 @dataclass(frozen=True)
 class Program:
-    """OpenCL source with the functions that use it. `source` may be edited (`dataclasses.replace`) before it runs."""
+    """OpenCL source with the functions that use it, either of which `dataclasses.replace` may edit before they run.
+
+    `asynchronous`: copies to shared memory as from sm_80 on and at the earliest, else as on sm_75 and at the latest.
+    """
 
     source: str
     functions: Mapping[str, Function]
+    asynchronous: bool = True
     _built: list[Any] = field(default_factory=list, init=False, compare=False)
 
     @classmethod
@@ -113,15 +117,15 @@ class Program:
         source = device_code.inspect_source()
         for function in functions.values():
             for launch in function.launches:
-                source = _with_exchange(source, launch)
+                source = _prepared(source, launch)
         return cls(PRELUDE + source, functions)
 
     def without_barriers(self) -> Program:
         """The same kernels with every barrier of theirs taken out; those of the prelude stay."""
         generated = self.source.removeprefix(PRELUDE)
-        stripped, count = re.subn(r"\bbarrier\([^;]*\);", ";", generated)
+        stripped, count = re.subn(r"\b(horq_)?barrier\([^;]*\);", ";", generated)
         assert count, "there is no barrier to take out"
-        return Program(PRELUDE + stripped, self.functions)
+        return replace(self, source=PRELUDE + stripped)
 
     def run(self, name: str, *inputs: Array) -> list[Array]:
         """Runs a function whose parameters are inputs, then outputs; returns the outputs."""
@@ -146,7 +150,8 @@ class Program:
     def _program(self) -> Any:
         if not self._built:
             cl = pytest.importorskip("pyopencl")
-            self._built.append(cl.Program(device(), self.source).build(options=["-w"]))
+            options = ["-w", *(["-DHORQ_ASYNCHRONOUS"] if self.asynchronous else [])]
+            self._built.append(cl.Program(device(), self.source).build(options=options))
         return self._built[0]
 
 
@@ -265,14 +270,20 @@ def _read(host: tirx.PrimFunc) -> Function:
     return Function(tuple(found[:count]), tuple(found[count:]), tuple(launch(call) for call in calls))
 
 
-def _with_exchange(source: str, launch: Launch) -> str:
-    """The kernel with the local memory in which its lanes meet, where it calls a function of the prelude."""
+def _prepared(source: str, launch: Launch) -> str:
+    """The kernel with what the functions of the prelude need: where lanes meet, and what others do not yet see.
+
+    Shared memory is filled with what no kernel writes, or it would hold what the group before has left there.
+    """
     head = re.search(rf"__kernel void {launch.kernel}\([^;{{]*\) {{\n", source)
     assert head, f"no kernel {launch.kernel} in the source"
-    end = source.find("\n}\n", head.end())
-    if not re.search(r"\bhorq_(mma|ballot)\b", source[head.end() : end]):
-        return source
-    assert launch.threads[0] == WARP, f"{launch.kernel}: threadIdx.x is no lane"
-    warps = launch.threads[1] * launch.threads[2]
-    declared = f"  __local uint horq_exchange[HORQ_EXCHANGE * {warps}];\n"
-    return source[: head.end()] + declared + source[head.end() :]
+    end = source.index("\n}\n", head.end())
+    body, declared = source[head.end() : end], ""
+    if re.search(r"\bhorq_(mma|ballot)\b", body):
+        assert launch.threads[0] == WARP, f"{launch.kernel}: threadIdx.x is no lane"
+        declared += f"  __local uint horq_exchange[HORQ_EXCHANGE * {launch.threads[1] * launch.threads[2]}];\n"
+    if re.search(r"\bhorq_land[124]\b", body):
+        declared += "  HORQ_STORES\n"
+        body = re.sub(r"\bbarrier\(", "horq_barrier(", body)
+    body = re.sub(r"^( *__local [^;=(]* (\w+)\[\d+\];)$", r"\1 HORQ_UNWRITTEN(\2)", body, flags=re.MULTILINE)
+    return source[: head.end()] + declared + body + source[end:]

@@ -4,8 +4,18 @@
 // get_local_id(1) and (2) number the warps. A kernel that calls one declares `horq_exchange`, HORQ_EXCHANGE words a warp.
 
 #define HORQ_EXCHANGE 192
+#define HORQ_STORES_LIMIT 128 // of a work item, between two barriers
 #define horq_mma(c, a, b) horq_mma_by_lanes(horq_exchange, c, a, b)
 #define horq_ballot(predicate) horq_ballot_by_lanes(horq_exchange, predicate)
+
+// Behind the declaration of an array in __local memory, where a group finds what the one before has left.
+#define HORQ_UNWRITTEN(array) horq_unwritten((__local uchar*)array, sizeof(array));
+void horq_unwritten(__local uchar* memory, int size) {
+  int index = get_local_id(0) + get_local_size(0) * (get_local_id(1) + get_local_size(1) * get_local_id(2));
+  int step = get_local_size(0) * get_local_size(1) * get_local_size(2);
+  for (int i = index; i < size; i += step) memory[i] = 0xc5;
+  barrier(CLK_LOCAL_MEM_FENCE);
+}
 
 __local uint* horq_of_warp(__local uint* exchange) {
   return exchange + HORQ_EXCHANGE * (get_local_id(1) + get_local_size(1) * get_local_id(2));
@@ -50,3 +60,56 @@ uint horq_ballot_by_lanes(__local uint* exchange, int predicate) {
   barrier(CLK_LOCAL_MEM_FENCE);
   return warp[32];
 }
+
+// N words from global to shared memory, zeros where nothing is `inside`. With HORQ_ASYNCHRONOUS as from sm_80 on, and at
+// the earliest that cp.async may write them: at once. Else as on sm_75, and at the latest that others may see a store:
+// behind the kernel's next barrier, so that one that is missing shows even where the functions above bring barriers of
+// their own. A card moves N words together, from and to a multiple of their size; elsewhere they are lost.
+#define HORQ_STRAY(pointer, n) ((size_t)(pointer) % (4 * (n)) != 0)
+#define HORQ_LOST 0xdeadbeef
+#ifdef HORQ_ASYNCHRONOUS
+#define HORQ_STORES
+#define horq_barrier barrier
+#define HORQ_COPIES(n)                                                                                  \
+  void horq_fetch##n(uint* words, __local uint* to, const __global uint* from, int inside) {            \
+    int stray = HORQ_STRAY(from, n) || HORQ_STRAY(to, n);                                               \
+    for (int i = 0; i < n; ++i) to[i] = !inside ? 0 : stray ? HORQ_LOST : from[i];                      \
+  }
+#define horq_land1(words, to)
+#define horq_land2(words, to)
+#define horq_land4(words, to)
+#else
+typedef struct {
+  int count;
+  uint word[HORQ_STORES_LIMIT];
+  __local uint* to[HORQ_STORES_LIMIT];
+} horq_stores;
+#define HORQ_STORES horq_stores horq_stored = {0};
+#define horq_barrier(fence) \
+  do {                      \
+    barrier(fence);         \
+    horq_show(&horq_stored); \
+    barrier(fence);         \
+  } while (0)
+void horq_show(horq_stores* stored) {
+  for (int i = 0; i < stored->count; ++i) *stored->to[i] = stored->word[i];
+  stored->count = 0;
+}
+#define HORQ_COPIES(n)                                                                                  \
+  void horq_fetch##n(uint* words, __local uint* to, const __global uint* from, int inside) {            \
+    for (int i = 0; i < n && inside; ++i) words[i] = HORQ_STRAY(from, n) ? HORQ_LOST : from[i];         \
+  }
+void horq_store(horq_stores* stored, const uint* words, __local uint* to, int n) {
+  for (int i = 0; i < n && stored->count < HORQ_STORES_LIMIT; ++i, ++stored->count) {
+    stored->word[stored->count] = HORQ_STRAY(to, n) ? HORQ_LOST : words[i];
+    stored->to[stored->count] = to + i;
+  }
+}
+#define horq_land1(words, to) horq_store(&horq_stored, words, to, 1)
+#define horq_land2(words, to) horq_store(&horq_stored, words, to, 2)
+#define horq_land4(words, to) horq_store(&horq_stored, words, to, 4)
+#endif
+HORQ_COPIES(1)
+HORQ_COPIES(2)
+HORQ_COPIES(4)
+void horq_landed(void) {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -39,7 +41,7 @@ def test_a_fragment_holds_each_element_once(fragments) -> None:  # type: ignore[
 
 
 def test_four_products_of_k128_are_one_of_k256() -> None:
-    """sm_75: register r of A is a whole A, from row 8·(r % 2) and bit 128·(r / 2) on; of B register h, from bit 128·h."""
+    """sm_75: register r of A is a whole A, from row 8·(r % 2) and bit 128·(r / 2) on, and so register h of B."""
     a, b = M16N8K256.split("a", bits(16, 256)), M16N8K256.split("b", bits(256, 8))
     c = np.random.default_rng(0).integers(-99, 99, (32, 4), dtype="int32")
     expected = M16N8K256.mma(np.bitwise_xor, a, b, c)
@@ -156,6 +158,49 @@ def test_a_missing_barrier_shows() -> None:
     np.testing.assert_array_equal(found, x[:, ::-1])
     (raced,) = program.without_barriers().run("mirrored", x)
     assert (raced != x[:, ::-1]).any()
+
+
+def copied(words: int, shift: int = 0) -> tirx.PrimFunc:
+    """x [256] → x, `words` at a time, each stored by the thread opposite to the one that copied it."""
+    threads = 256 // words
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("copied")
+        x = T.arg("x", T.Buffer((256 + shift,), "uint32"))
+        y = T.arg("y", T.Buffer((256,), "uint32"))
+        with T.thread_binding(1, "blockIdx.x"), T.thread_binding(threads, "threadIdx.x") as i, T.sblock("copied"):
+            T.reads(x[0:256])
+            T.writes(y[0:256])
+            moved = T.sblock_alloc_buffer((words,), "uint32", scope="local")
+            shared = T.sblock_alloc_buffer((256,), "uint32", scope="shared")
+            for word in range(words):
+                T.buffer_store(moved, tirx.const(0, "uint32"), [word])
+            own, there = T.address_of(moved[0]), T.address_of(shared[i * words])
+            last = T.if_then_else(i < threads - 1, tirx.const(1, "int32"), tirx.const(0, "int32"))
+            source = T.address_of(x[i * words + shift])
+            T.evaluate(T.call_extern("void", f"horq_fetch{words}", own, there, source, last))
+            T.evaluate(T.call_extern("void", f"horq_land{words}", own, there))
+            T.evaluate(T.call_extern("void", "horq_landed"))
+            T.evaluate(T.tvm_storage_sync("shared"))
+            for word in range(words):
+                at = (threads - 1 - i) * words + word
+                T.buffer_store(y, moved[word] * tirx.const(0, "uint32") + shared[at], [at])
+    return builder.get()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("words", [1, 2, 4])
+def test_copies_to_shared_memory(words: int, asynchronous: bool) -> None:
+    x = np.arange(1, 257, dtype="uint32")
+    expected = np.where(np.arange(256) < 256 - words, x, 0)  # where nothing is inside, zeros
+    program = replace(pocl.Program.of(copied(words)), asynchronous=asynchronous)
+    np.testing.assert_array_equal(program.run("copied", x)[0], expected)
+    if not asynchronous:
+        assert (program.without_barriers().run("copied", x)[0] != expected).any()
+    if words > 1:
+        (lost,) = replace(pocl.Program.of(copied(words, shift=1)), asynchronous=asynchronous).run(
+            "copied", np.append(x, x[:1])
+        )
+        assert (lost[:-words] == 0xDEADBEEF).all()  # a card would refuse the address
 
 
 def test_what_no_kernel_writes_shows() -> None:
