@@ -16,6 +16,7 @@ pytest.importorskip("tvm")
 from horq_tvm import targets
 from horq_tvm.emit import kernels
 from horq_tvm.emit.plan import lower, make_plan
+from horq_tvm.errors import HorqError
 from horq_tvm.schedules import arm, layout, neon
 from horq_tvm.schedules.layout import WeightLayout
 from horq_tvm.schedules.tile import Loop
@@ -116,6 +117,16 @@ def test_the_longest_row_of_16_bit_sums(target: str, name: str) -> None:
         found = outputs[f"y{index}"]
         np.testing.assert_array_equal(found, x @ layer.weight(unit=True).T)
         assert found[0, 0] == -layer.channels
+
+
+@pytest.mark.parametrize("target", ["aarch64", "armv7-neon"])
+def test_a_row_of_more_words_than_16_bit_sums_hold_is_refused(target: str) -> None:
+    """A channel fills a word by itself, so words are what counts: 63×65 of them are the most, 64×64 one too many."""
+    most, beyond = (Drawn(1, 4, 1, "static", size=(1, *kernel), kernel=kernel) for kernel in ((63, 65), (64, 64)))
+    assert most.row == neon.MAX_ROW // 32
+    with_given_scales([most], target)
+    with pytest.raises(HorqError, match="a row of 4096 words can overflow 16-bit counts; accepted are up to 4095"):
+        with_given_scales([beyond], target)
 
 
 @pytest.mark.slow
