@@ -307,7 +307,7 @@ def emit(
     lookup = lookup or Lookup(None, target)
     with target.tvm_target():
         grouped = pipeline.optimise(target)(rewritten)
-        algorithms = pipeline.kernels()(grouped)
+        algorithms = pipeline.kernels(target)(grouped)
         lowered = pipeline.schedule(target, lookup.choose)(algorithms)
     _warn_of_stale(lookup.stale)
     of_layer = {layer: lookup.of(algorithms[kernel]) for kernel, layer in layers_of_kernels(grouped).items()}

@@ -23,7 +23,7 @@ from .relay_passes.spell_fake_quantize import SpellFakeQuantize
 from .relay_passes.to_nhwc import ToNHWC
 from .schedules import int8, layout, tile
 from .schedules.decisions import by_default
-from .schedules.legalize import LEGALIZE
+from .schedules.legalize import LEGALIZE, Legalize
 from .specs import LayerConfig
 from .straightline import Array
 from .targets import Target
@@ -79,11 +79,11 @@ def optimise(target: Target) -> tvm.transform.Pass:
     )
 
 
-def kernels() -> tvm.transform.Pass:
+def kernels(target: Target) -> tvm.transform.Pass:
     """Every op and group as one TensorIR function, the algorithm alone: what a tuner takes up."""
     return tvm.transform.Sequential(
         [
-            relax.transform.LegalizeOps(dict(LEGALIZE)),
+            relax.transform.LegalizeOps(dict(_algorithms(target))),
             relax.transform.FuseTIR(),
             relax.transform.DeadCodeElimination(["main"]),
         ],
@@ -91,9 +91,18 @@ def kernels() -> tvm.transform.Pass:
     )
 
 
+def _algorithms(target: Target) -> Mapping[str, Legalize]:
+    """The algorithm of each op: CPUs share them, a card has its own for some."""
+    if target.family != "cuda":
+        return LEGALIZE
+    from .schedules.cuda import legalize
+
+    return legalize.LEGALIZE
+
+
 def lower(target: Target, choose: Choose = lambda _func: by_default) -> tvm.transform.Pass:
     """Every op and group as one TensorIR function with the target's schedule; `choose` says with what parameters."""
-    return tvm.transform.Sequential([kernels(), schedule(target, choose)], name="lower")
+    return tvm.transform.Sequential([kernels(target), schedule(target, choose)], name="lower")
 
 
 def schedule(target: Target, choose: Choose = lambda _func: by_default) -> tvm.transform.Pass:

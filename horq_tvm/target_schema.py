@@ -13,7 +13,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, Va
 
 from horq_tvm.targets import TO_CPUINFO, Family, Popcount, architecture_of
 
-ARCHITECTURES: Mapping[str, tuple[str, ...]] = {"x86": ("x86_64",), "arm": ("aarch64", "arm")}
+ARCHITECTURES: Mapping[str, tuple[str, ...]] = {
+    "x86": ("x86_64",),
+    "arm": ("aarch64", "arm"),
+    "cuda": ("x86_64", "aarch64"),
+}
+CUDA_ARCHS = (75, 80, 86, 87, 89, 90)
+MAX_SHARED_KIB = 48  # what a block may have without asking the driver for more
 
 
 def _flags_of(info: ValidationInfo) -> Mapping[str, str]:
@@ -43,6 +49,21 @@ def _triple(value: str, info: ValidationInfo) -> str:
     accepted = ARCHITECTURES.get(str(family), ())
     if family is not None and architecture_of(value) not in accepted:
         raise ValueError(f"found {value!r}; accepted for the family {family}: one of {', '.join(accepted)}")
+    return value
+
+
+def _arch(value: int) -> int:
+    if value not in CUDA_ARCHS:
+        raise ValueError(f"unknown architecture sm_{value}; accepted: {', '.join(map(str, CUDA_ARCHS))}")
+    return value
+
+
+def _for_cuda(value: Any, info: ValidationInfo) -> Any:
+    """What a card must have, and nothing else can."""
+    cuda = info.data.get("family") == "cuda"
+    if cuda != bool(value):
+        accepted = "a value for the family cuda" if cuda else "the family cuda alone has it"
+        raise ValueError(f"found {value!r}; accepted: {accepted}")
     return value
 
 
@@ -76,3 +97,9 @@ class TargetRecord(BaseModel):
     l2_kib: Positive
     compiler: Annotated[tuple[Text, ...], Field(min_length=1)]
     level: Positive | None = None
+    archs: Annotated[tuple[Annotated[StrictInt, AfterValidator(_arch)], ...], AfterValidator(_for_cuda)] = Field(
+        (), validate_default=True
+    )
+    shared_kib: Annotated[StrictInt, Field(ge=0, le=MAX_SHARED_KIB), AfterValidator(_for_cuda)] = Field(
+        0, validate_default=True
+    )

@@ -20,13 +20,15 @@ from horq_tvm.errors import HorqError, UsageError
 if TYPE_CHECKING:
     import tvm
 
-Family = Literal["x86", "arm"]
-Popcount = Literal["vpopcntdq", "avx512bw", "avx2", "ssse3", "scalar", "cnt"]
+Family = Literal["x86", "arm", "cuda"]
+Popcount = Literal["vpopcntdq", "avx512bw", "avx2", "ssse3", "scalar", "cnt", "popc"]
 
 NATIVE = "native"
 PRESETS = Path(__file__).with_name("targets.yaml")
 CPUINFO = Path("/proc/cpuinfo")
 NATIVE_COMPILER = ("cc",)
+WARP = 32
+MAX_THREADS = 1024  # in a block
 
 # The instruction set extensions that LLVM uses for code it was not asked to use them for, by LLVM's name, and the flag
 # of /proc/cpuinfo that tells of each. Extensions reached through intrinsics alone (AES, SHA, AMX, ...) do not count: a
@@ -112,6 +114,10 @@ class Target:
     `features` are flags of /proc/cpuinfo, sorted; `vector_bits` and `word_bits` are bits; `l1_bytes` and `l2_bytes` are
     the data caches of one core; `compiler` is the argv prefix of the C compiler that links the library; `level` orders
     the generic presets of an architecture for `native` (None for a particular CPU).
+
+    Of the family `cuda`, `archs` are the architectures that the library holds code for (86 is sm_86), `shared_bytes`
+    the shared memory that a block may take on all of them, and what speaks of a CPU is the host's; only `vector_bits`,
+    output channels side by side in packed weights, is the card's.
     """
 
     name: str
@@ -129,6 +135,8 @@ class Target:
     l2_bytes: int
     compiler: tuple[str, ...]
     level: int | None = None
+    archs: tuple[int, ...] = ()
+    shared_bytes: int = 0
 
     @property
     def architecture(self) -> str:
@@ -136,12 +144,31 @@ class Target:
         return architecture_of(self.mtriple)
 
     def tvm_target(self) -> tvm.target.Target:
-        """The same for TVM.
+        """The same for TVM. That of a card has the lowest of its architectures: what is compiled for it runs on all.
 
         Raises:
             HorqError: the extra `compiler` is not installed, LLVM does not know the CPU (it would quietly compile for a
                 generic one), or may use an extension for it that `features` does not name.
         """
+        host = self.host_target()
+        if self.family != "cuda":
+            return host
+        import tvm
+
+        return tvm.target.Target(
+            {
+                "kind": "cuda",
+                "arch": f"sm_{min(self.archs)}",
+                "max_num_threads": MAX_THREADS,
+                "max_threads_per_block": MAX_THREADS,
+                "max_shared_memory_per_block": self.shared_bytes,
+                "thread_warp_size": WARP,
+            },
+            host=host,
+        )
+
+    def host_target(self) -> tvm.target.Target:
+        """What LLVM compiles for: the CPU, of a card its host. Raises as `tvm_target`."""
         codegen = _tvm_codegen()
         import tvm
 
@@ -227,7 +254,9 @@ def native(known: Mapping[str, Target], host: Host) -> Target:
     fitting = [
         replace(target, compiler=NATIVE_COMPILER)
         for target in known.values()
-        if target.architecture == architecture_of(host.machine) and not target.missing_on(host.flags)
+        if target.family != "cuda"
+        and target.architecture == architecture_of(host.machine)
+        and not target.missing_on(host.flags)
     ]
     if not fitting:
         raise HorqError(
@@ -242,9 +271,13 @@ def native(known: Mapping[str, Target], host: Host) -> Target:
 
 
 def runnable(target: Target) -> Target:
-    """`target` where this machine can run it, else `native`: what a build for another machine is tried out with."""
+    """`target` where this machine's CPU can run it, else `native`: what a build for another is tried out with."""
     host = this_host()
-    here = target.architecture == architecture_of(host.machine) and not target.missing_on(host.flags)
+    here = (
+        target.family != "cuda"
+        and target.architecture == architecture_of(host.machine)
+        and not target.missing_on(host.flags)
+    )
     return target if here else native(presets(), host)
 
 
@@ -301,14 +334,19 @@ def _flatten(
     return merged
 
 
+_KIB = {"l1_bytes": "l1d_kib", "l2_bytes": "l2_kib", "shared_bytes": "shared_kib"}
+"""The sizes of a `Target` by their keys in the file."""
+
+
 def _parse(name: str, document: Mapping[str, Any], path: Path) -> Target:
     from horq_tvm.target_schema import TargetRecord
 
     record = yamlfile.validate(TargetRecord, document, f"{path}: targets.{name}")
     fields = record.model_dump()
-    l1_kib, l2_kib = fields.pop("l1d_kib"), fields.pop("l2_kib")
-    fields["features"] = tuple(sorted(set(fields["features"])))
-    return Target(name=name, l1_bytes=l1_kib * 1024, l2_bytes=l2_kib * 1024, **fields)
+    kib = {key: fields.pop(name) for key, name in _KIB.items()}
+    for ordered in ("features", "archs"):
+        fields[ordered] = tuple(sorted(set(fields[ordered])))
+    return Target(name=name, **{key: value * 1024 for key, value in kib.items()}, **fields)
 
 
 def _for_cpu(generic: Target, host: Host) -> Target:

@@ -23,6 +23,9 @@ RULE = "horq.rule"  # the attribute that names the rule which took a kernel
 # Rules whose schedules touch each element of an operand of the output's shape once, right where they write it.
 ELEMENTWISE_RULES = frozenset({"direct_convolution", "elementwise"})
 
+# Rules that may leave tensors in memory between their blocks.
+HOISTED_RULES = frozenset({"plain", "fallback"})
+
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleKernels")
 class ScheduleKernels:
@@ -49,7 +52,7 @@ class ScheduleKernels:
             rule = str(scheduled.attrs[RULE])
             if rule in ELEMENTWISE_RULES and (pairs := blocks.in_place(scheduled)):
                 scheduled = scheduled.with_attr(IN_PLACE, pairs)
-            if rule == "plain" and scheduled.body.block.alloc_buffers:
+            if rule in HOISTED_RULES and _in_memory(scheduled):
                 del updated[gvar]
                 extra[gvar] = _hoist(scheduled)
             else:
@@ -67,8 +70,12 @@ def _rules(target: Target) -> tuple:
         from horq_tvm.schedules import arm
 
         return arm.RULES
+    if target.family == "cuda":
+        from horq_tvm.schedules import cuda
+
+        return cuda.RULES
     raise HorqError(
-        f"target {target.name}: there are no schedules for the family {target.family!r}; accepted: x86, arm"
+        f"target {target.name}: there are no schedules for the family {target.family!r}; accepted: x86, arm, cuda"
     )
 
 
@@ -93,9 +100,15 @@ class _Hoisted:
     spaces: tuple[relax.TensorType, ...]
 
 
+def _in_memory(func: tirx.PrimFunc) -> list[tirx.Buffer]:
+    """The tensors allocated in the root block that are neither a thread's nor a block of threads' own."""
+    return [buffer for buffer in func.body.block.alloc_buffers if buffer.scope() in ("", "global")]
+
+
 def _hoist(func: tirx.PrimFunc) -> _Hoisted:
-    """The function with the tensors allocated in its root block as further parameters."""
+    """The function with the tensors in memory that its root block allocates as further parameters."""
     root = func.body.block
+    buffers = _in_memory(func)
     body = s_tir.SBlockRealize(
         [],
         func.body.predicate,
@@ -106,12 +119,11 @@ def _hoist(func: tirx.PrimFunc) -> _Hoisted:
             root.name_hint,
             root.body,
             root.init,
-            [],
+            [b for b in root.alloc_buffers if b not in buffers],
             root.match_buffers,
             root.annotations,
         ),
     )
-    buffers = list(root.alloc_buffers)
     widened = tirx.PrimFunc([*func.params, *buffers], body, func.ret_type, attrs=func.attrs)
     spaces = tuple(relax.TensorType([int(e) for e in b.shape], str(b.dtype)) for b in buffers)
     return _Hoisted(widened, spaces)

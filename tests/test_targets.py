@@ -11,6 +11,7 @@ from horq_tvm import targets
 from horq_tvm.errors import HorqError, UsageError
 
 PRESETS = targets.presets()
+CUDA = [name for name, target in PRESETS.items() if target.family == "cuda"]
 LEVELS = ("x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-vpopcntdq")
 
 OWN = """
@@ -48,7 +49,7 @@ def test_levels_add_up() -> None:
 def test_llvm_uses_nothing_that_the_preset_does_not_name(name: str) -> None:
     """`tvm_target` raises where LLVM might use an extension that the library would not check for."""
     pytest.importorskip("tvm")
-    target = PRESETS[name].tvm_target()
+    target = PRESETS[name].host_target()
     assert target.attrs["mcpu"] == PRESETS[name].mcpu
     assert target.kind.name == "llvm"
 
@@ -91,11 +92,11 @@ def test_own_file_extends_a_shipped_target(tmp_path: Path) -> None:
     ("line", "complaint"),
     [
         ("l2_kb: 512", "targets.board: l2_kb: unknown key; accepted: .*l2_kib"),
-        ("popcount: avx3", "targets.board: popcount: .*'vpopcntdq', .*'scalar' or 'cnt'; found 'avx3'"),
+        ("popcount: avx3", "targets.board: popcount: .*'vpopcntdq', .*'cnt' or 'popc'; found 'avx3'"),
         ("l2_kib: '512'", "targets.board: l2_kib: .*valid integer; found '512'"),
         ("l2_kib: 0", "targets.board: l2_kib: .*greater than 0; found 0"),
         ("vector_bits: 300", "targets.board: vector_bits: .*128, 256 or 512; found 300"),
-        ("family: sparc", "targets.board: family: .*'x86' or 'arm'; found 'sparc'"),
+        ("family: sparc", "targets.board: family: .*'x86', 'arm' or 'cuda'; found 'sparc'"),
         ("features: [avx512_vpopcnt]", "unknown CPU feature 'avx512_vpopcnt'; accepted: avx512_vpopcntdq"),
         ("features: avx2", "targets.board: features: .*found 'avx2'"),
         (
@@ -253,10 +254,54 @@ def test_native_on_this_machine_can_run_here() -> None:
     assert not targets.resolve("native").missing_on(here.flags)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in CUDA])
 def test_a_library_can_check_every_feature(name: str) -> None:
     pytest.importorskip("tvm")
     from horq_tvm.emit.cpu_features import questions
 
     asked = questions(PRESETS[name].family, PRESETS[name].features)
     assert tuple(feature for feature, _ in asked) == PRESETS[name].features
+
+
+def test_every_architecture_has_a_card_of_its_own_and_is_in_the_library_of_all() -> None:
+    alone = [PRESETS[name].archs for name in CUDA if len(PRESETS[name].archs) == 1]
+    assert sorted(arch for (arch,) in alone) == list(PRESETS["cuda"].archs) == [75, 80, 86, 87, 89, 90]
+    assert PRESETS["cuda-aarch64"].archs == PRESETS["cuda"].archs
+    assert PRESETS["cuda-sm87"].architecture == PRESETS["cuda-aarch64"].architecture == "aarch64"
+
+
+@pytest.mark.parametrize("name", CUDA)
+def test_tvm_compiles_for_the_lowest_architecture_and_the_host(name: str) -> None:
+    pytest.importorskip("tvm")
+    target = PRESETS[name].tvm_target()
+    assert target.kind.name == "cuda"
+    assert target.attrs["arch"] == f"sm_{min(PRESETS[name].archs)}"
+    assert target.attrs["max_shared_memory_per_block"] == PRESETS[name].shared_bytes == 48 * 1024
+    assert target.host.attrs["mtriple"] == PRESETS[name].mtriple
+
+
+def test_a_card_is_never_native_and_is_tried_out_on_this_cpu() -> None:
+    assert targets.resolve("native").family != "cuda"
+    assert targets.runnable(PRESETS["cuda"]) == targets.resolve("native")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("archs: [74]", "archs.0: unknown architecture sm_74; accepted: 75, 80, 86, 87, 89, 90"),
+        ("archs: []", r"archs: found \(\); accepted: a value for the family cuda"),
+        ("shared_kib: 0", "shared_kib: found 0; accepted: a value for the family cuda"),
+        ("shared_kib: 49", "shared_kib: .*48.*found 49"),
+        ("mtriple: armv7-linux-gnueabihf", "family cuda: one of x86_64, aarch64"),
+    ],
+)
+def test_mistakes_about_a_card(tmp_path: Path, line: str, message: str) -> None:
+    path = written(tmp_path, OWN.replace("x86-64-v3", "cuda").replace("l2_kib: 512", line))
+    with pytest.raises(UsageError, match=message):
+        targets.resolve(f"{path}:board")
+
+
+def test_only_a_card_has_architectures(tmp_path: Path) -> None:
+    path = written(tmp_path, OWN.replace("l2_kib: 512", "archs: [86]"))
+    with pytest.raises(UsageError, match="archs: found \\(86,\\); accepted: the family cuda alone has it"):
+        targets.resolve(f"{path}:board")

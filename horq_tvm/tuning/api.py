@@ -130,7 +130,7 @@ def _algorithms(model: Any, target: targets.Target, options: dict[str, Any]) -> 
     rewritten = compiler.rewritten(model, target, **options)
     with target.tvm_target():
         grouped = pipeline.optimise(target)(rewritten)
-        return pipeline.kernels()(grouped), compiler.layers_of_kernels(grouped)
+        return pipeline.kernels(target)(grouped), compiler.layers_of_kernels(grouped)
 
 
 @dataclass

@@ -195,7 +195,7 @@ def test_a_task_is_the_same_whatever_its_names_and_each_kind_once() -> None:
         configs = {f"L{i}": layer.config(unit=False) for i, layer in enumerate(layers)}
         mod = pipeline.rewrite(configs)(canonical(layers, unit=False))
         with NATIVE.tvm_target():
-            return tasks.extract(pipeline.kernels()(pipeline.optimise(NATIVE)(mod)), NATIVE, {})
+            return tasks.extract(pipeline.kernels(NATIVE)(pipeline.optimise(NATIVE)(mod)), NATIVE, {})
 
     small, large = (Drawn(32, 32, 1, "static", size=(1, s, s), kernel=(3, 3)) for s in (6, 9))
     alone, both = extracted([small]), extracted([large, small, small])
@@ -211,7 +211,7 @@ def test_the_model_finds_what_is_fast(tmp_path: Path) -> None:
     layers = [Drawn(64, 64, 1, "static", size=(1, 14, 14), kernel=(3, 3))]
     mod = pipeline.rewrite({"L0": layers[0].config(unit=False)})(canonical(layers, unit=False))
     with NATIVE.tvm_target():
-        found = tasks.extract(pipeline.kernels()(pipeline.optimise(NATIVE)(mod)), NATIVE, {})
+        found = tasks.extract(pipeline.kernels(NATIVE)(pipeline.optimise(NATIVE)(mod)), NATIVE, {})
     conv = next(task for task in found if task.rule == "direct_convolution")
 
     def seconds(decisions: Any) -> float:
@@ -242,7 +242,7 @@ def kernel() -> candidates.Candidate:
     layers = [Drawn(32, 32, 1, "static", size=(1, 8, 8), kernel=(3, 3))]
     mod = pipeline.rewrite({"L0": layers[0].config(unit=False)})(canonical(layers, unit=False))
     with NATIVE.tvm_target():
-        algorithms = pipeline.kernels()(pipeline.optimise(NATIVE)(mod))
+        algorithms = pipeline.kernels(NATIVE)(pipeline.optimise(NATIVE)(mod))
     func = next(f for g, f in algorithms.functions_items() if "bitserial" in g.name_hint)
     return candidates.default(func, NATIVE)
 
