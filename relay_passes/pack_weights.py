@@ -63,6 +63,11 @@ def pack_filters(weight: Array, groups: int, lanes: int) -> Array:
 
 def pack_words(words: Array, groups: int, layout: WeightLayout) -> Array:
     """uint32 [F,kh,kw,words] → the weight operand of `horq.packed_bitserial` in the layout's style."""
+    if layout.style == "mma":
+        rows = words.reshape(len(words), -1)
+        depth = -rows.shape[1] % ops.STEP_WORDS
+        filters = by_lanes(np.pad(rows, [(0, 0), (0, depth)]), groups, layout.lanes)
+        return filters.reshape(groups, -1, filters.shape[-1])
     if layout.style != "nibbles":
         return pack_filters(words, groups, layout.lanes)
     in_bytes = np.ascontiguousarray(words).view("uint8").reshape(len(words), -1)
@@ -99,8 +104,12 @@ class _Packer:
         words = pack_bits(sums.weight)
         layout = self.layout(len(words) // groups, groups, sums.weight[0].size)
         start = np.moveaxis(by_lanes(np.moveaxis(sums.start, 2, 0), groups, layout.lanes), (0, 1, 2), (2, 3, 4))
+        # A kernel that gathers windows into shared memory puts the zeros there itself.
+        gathers = layout.style == "mma"
+        padded = planes if patch or gathers else self._pad(planes, sums.geometry.padding, ops.pad_planes)
+        geometry = sums.geometry if gathers else replace(sums.geometry, padding=NO_PADDING)
         packed = ops.packed_bitserial(
-            planes if patch else self._pad(planes, sums.geometry.padding, ops.pad_planes),
+            padded,
             # A row of `patch` lists its window tap by tap, as a filter's words do.
             self._filters(words.reshape(len(words), 1, 1, -1) if patch else words, groups, layout, sums.pixels),
             constant(start.reshape(*start.shape[:3], -1)),
@@ -109,7 +118,7 @@ class _Packer:
             order=sums.order,
             first=sums.first,
             scale=sums.scale,
-            geometry=ops.Geometry((1, 1), groups=groups) if patch else replace(sums.geometry, padding=NO_PADDING),
+            geometry=ops.Geometry((1, 1), groups=groups) if patch else geometry,
             channels=len(words),
             halved=sums.halved,
             rows=sums.rows,

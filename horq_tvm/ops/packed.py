@@ -15,8 +15,10 @@ from tvm import relax
 from .geometry import Geometry
 from .registry import call, register, shape_of, tensor
 
-Style = Literal["words", "nibbles", "uadalp", "vpadal"]
+Style = Literal["words", "nibbles", "uadalp", "vpadal", "mma"]
 """How bits lie in memory for the instruction that counts them."""
+STEP_WORDS = 8
+"""Words of a row that one instruction of style `mma` counts: 256 bits."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,13 @@ def packed_bitserial(
 ) -> relax.Call:
     """planes uint32 [N,H+t+b,W+l+r,G,P,words] (for `patch` the rows, geometry then 1×1), geometry without padding.
 
+    Style `mma` takes planes uint32 [N,H,W,G,P,words] and the geometry with its padding, which reads as zeros.
+
     weight   B = ⌈F/G/v⌉, by style: `words` uint32 [G,B,kh,kw,words,v], a word a lane; so `uadalp` and
              `vpadal`, v = 4, for NEON's own instructions, see `neon.py`; `nibbles` uint8 [G,B,4·kh·kw·words,v], the
              bytes of these words, eight channels each, lanes as `nibble.lane_order` has them
-             (or [G,B,4·kh·kw·words,2,v], what `horq.split_nibbles` makes of these)
+             (or [G,B,4·kh·kw·words,2,v], what `horq.split_nibbles` makes of these); `mma` uint32 [G,B·v,depth], the
+             kh·kw·words words of a filter side by side, zeros up to a depth of whole 256-bit steps
     start    int32 [R,C,G,B·v]: what the sum of popcounts starts from, by border class
     factors  `static`: scale float32 [P,F] and addend float32 [R',C',F] (R' = C' = 1 unless the first plane is constant)
              else: alpha float32 [F], bias float32 [F], beta, and for first = 1 first_sum float32 [R,C,F]

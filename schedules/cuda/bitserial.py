@@ -1,0 +1,114 @@
+"""Bitserial layers on CUDA: the tile kernel of mma.py with the float epilogue and the next planes in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from tvm import relax, s_tir, te, tirx
+from tvm.relax import BlockBuilder
+
+from horq_tvm.ops import shape_of
+from horq_tvm.schedules import blocks
+from horq_tvm.schedules.bitserial import Bitserial, from_counts
+from horq_tvm.schedules.decisions import Decide, by_default
+from horq_tvm.targets import WARP, Target
+
+from . import mma, pack
+from .mma import BANKS, COUNTS_SHIFT, WARPS, Gemm, Tile
+
+COUNT = "mma"
+
+
+def legalize(builder: BlockBuilder, call: relax.Call, spec: Bitserial, tile: Tile) -> relax.Expr:
+    """`horq.packed_bitserial` of style `mma`: the counts of all planes from one kernel, the rest from te."""
+    planes, weight, start, *factors = call.args
+    gemm = Gemm(shape_of(planes), shape_of(weight), spec.geometry)
+    kernel = builder.add_func(mma.count(gemm, tile), "count")
+    of_plane = relax.TensorType(mma.counts_shape(gemm, tile), "int32")
+    found = builder.emit(relax.call_tir(kernel, [planes, weight], [of_plane] * gemm.orders))
+    counts = [builder.emit(relax.TupleGetItem(found, p)) for p in range(gemm.orders)] if gemm.orders > 1 else [found]
+    return builder.call_te(
+        lambda *operands: from_counts(spec, _by_plane(gemm, operands[: gemm.orders]), *operands[gemm.orders :]),
+        *counts,
+        start,
+        *factors,
+        primfunc_name_hint="bitserial",
+    )
+
+
+def _by_plane(gemm: Gemm, counts: Sequence[te.Tensor]) -> list[te.Tensor]:
+    """int32 [N,HO,WO,G,1,F/G] of each plane, as `from_counts` takes them."""
+    rows, columns = gemm.output
+    groups = gemm.weight[0]
+    extents = (gemm.planes[0], rows, columns, groups, 1, gemm.filters)
+
+    def of_plane(plane: te.Tensor) -> te.Tensor:
+        def count(n, y, x, g, _b, f):  # type: ignore[no-untyped-def]
+            at = ((n * rows + y) * columns + x, *([g] if groups > 1 else []), f)
+            return plane[at]
+
+        return te.compute(extents, count, name=f"of_{plane.op.name}")
+
+    return [of_plane(plane) for plane in counts]
+
+
+def tensor_cores(func: tirx.PrimFunc, _target: Target, _decide: Decide = by_default) -> s_tir.Schedule | None:
+    """A tile of counts a block of threads, in shared memory; then its threads are channels side by side."""
+    sch = s_tir.Schedule(func)
+    (count, *others) = blocks.Kernel.of(sch).blocks
+    if blocks.name(sch, count) != COUNT:
+        return None
+    groups, warps = blocks.spatial_extents(sch, count)[1], int(sch.get(count).annotations[WARPS])
+    master, *followers = _inline(sch, others)
+    for plane in range(len(sch.get(count).writes)):
+        sch.set_scope(count, plane, "shared")
+        sch.storage_align(count, plane, 0, BANKS, COUNTS_SHIFT)
+    m, g, n = sch.get_loops(count)
+    for loop, axis in ((m, "x"), (n, "y"), (g, "z")):
+        sch.bind(loop, f"blockIdx.{axis}")
+    _by_rows(sch, master, groups)
+    sch.reverse_compute_at(master, n, preserve_unit_loops=True)
+    row, *_, channel = sch.get_loops(master)[3:]
+    turn, warp = sch.split(row, [None, warps])
+    words, lane = sch.split(channel, [None, WARP])
+    sch.reorder(turn, words, warp, lane)
+    sch.bind(warp, "threadIdx.y")
+    sch.bind(lane, "threadIdx.x")
+    for block in followers:
+        _by_rows(sch, block, groups)
+        sch.reverse_compute_at(block, lane, preserve_unit_loops=True)
+    return s_tir.Schedule(pack.everywhere(blocks.function(sch)))
+
+
+def _inline(sch: s_tir.Schedule, others: Sequence[blocks.Block]) -> list[blocks.Block]:
+    """Everything into what writes an output; a value that is packed as well as written stays in a register in between.
+
+    Returns the block that computes, and behind it those that use its value.
+    """
+    kept = [block for block in others if blocks.writes_output(sch, block)]
+    for block in others:
+        if not any(block.same_as(k) for k in kept):
+            sch.compute_inline(block)
+    if len(kept) == 1:
+        return kept
+    value, packs = kept
+    written = sch.cache_write(value, 0, "local", consumer_blocks=[packs])
+    _, height, width, _ = blocks.written_shape(sch, value)
+    sch.transform_layout(value, ("write", 0), lambda n, y, x, f: ((n * height + y) * width + x, f))
+    return [value, written, packs]
+
+
+def _by_rows(sch: s_tir.Schedule, block: blocks.Block, groups: int) -> None:
+    """The block's axes n, y, x, channel (or word, lane) as pixel, group and channel of the group."""
+    _, height, width, channels, *lanes = blocks.spatial_extents(sch, block)
+    inner = channels * prod(lanes) // groups
+
+    def split(n: tirx.Expr, y: tirx.Expr, x: tirx.Expr, channel: tirx.Expr) -> tuple[tirx.Expr, ...]:
+        pixel = (n * height + y) * width + x
+        return (pixel, channel // inner, channel % inner) if groups > 1 else (pixel, channel)
+
+    if lanes:
+        sch.transform_block_layout(block, lambda n, y, x, word, lane: split(n, y, x, word * WARP + lane))
+    else:
+        sch.transform_block_layout(block, split)
