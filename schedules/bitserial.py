@@ -33,6 +33,21 @@ class Bitserial:
     rows: tuple[int, int]
     columns: tuple[int, int]
 
+    @classmethod
+    def of(cls, attrs: Any) -> Bitserial:
+        """Of a call's attributes."""
+        rows, columns = attrs["rows"], attrs["columns"]
+        return cls(
+            geometry=Geometry.of(attrs),
+            channels=int(attrs["channels"]),
+            order=int(attrs["order"]),
+            first=int(attrs["first"]),
+            scale=str(attrs["scale"]),
+            halved=bool(attrs["halved"]),
+            rows=(int(rows[0]), int(rows[1])),
+            columns=(int(columns[0]), int(columns[1])),
+        )
+
 
 def border_class(position: tirx.Expr, bounds: tuple[int, int]) -> tirx.Expr:
     """`BorderClasses`' closed form: min(y, low) + max(y − high, 0)."""

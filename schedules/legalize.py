@@ -108,17 +108,7 @@ def _split_nibbles(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
 
 
 def _packed_bitserial(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
-    rows, columns = call.attrs["rows"], call.attrs["columns"]
-    spec = Bitserial(
-        geometry=Geometry.of(call.attrs),
-        channels=int(call.attrs["channels"]),
-        order=int(call.attrs["order"]),
-        first=int(call.attrs["first"]),
-        scale=str(call.attrs["scale"]),
-        halved=bool(call.attrs["halved"]),
-        rows=(int(rows[0]), int(rows[1])),
-        columns=(int(columns[0]), int(columns[1])),
-    )
+    spec = Bitserial.of(call.attrs)
     if str(call.attrs["style"]) == "nibbles":
         return _nibbles(builder, call, spec)
     if str(call.attrs["style"]) in neon.STYLES:

@@ -15,15 +15,18 @@ from horq_tvm.schedules.decisions import Decide, by_default
 from horq_tvm.targets import WARP, Target
 
 from . import mma, pack
-from .mma import BANKS, COUNTS_SHIFT, WARPS, Gemm, Tile
+from .mma import BANKS, COUNTS_SHIFT, WARPS, Gemm
+from .tile import choose
 
 COUNT = "mma"
 
 
-def legalize(builder: BlockBuilder, call: relax.Call, spec: Bitserial, tile: Tile) -> relax.Expr:
+def legalize(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
     """`horq.packed_bitserial` of style `mma`: the counts of all planes from one kernel, the rest from te."""
     planes, weight, start, *factors = call.args
+    spec = Bitserial.of(call.attrs)
     gemm = Gemm(shape_of(planes), shape_of(weight), spec.geometry)
+    tile = choose(gemm)
     kernel = builder.add_func(mma.count(gemm, tile), "count")
     of_plane = relax.TensorType(mma.counts_shape(gemm, tile), "int32")
     found = builder.emit(relax.call_tir(kernel, [planes, weight], [of_plane] * gemm.orders))
