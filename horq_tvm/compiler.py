@@ -7,7 +7,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ import tvm
 
 from . import agreement, calibration, layers, pipeline, targets
 from . import rest as unbinarised
-from .emit import standalone
+from .cuda import toolkit
+from .emit import standalone, virtual_machine
 from .errors import HorqError, UsageError
 from .files import replacing
 from .frontend import ImportedModel
@@ -27,7 +28,7 @@ from .relay_passes.fuse_epilogue import LAYER_ATTR
 from .relay_passes.rewrite_layers import TAP_NAMES
 from .runtime.loader import LoadedModel, load
 from .schedules import int8
-from .specs import RESTS, LayerConfig, Rest, TensorSpec
+from .specs import EMITS, RESTS, Emit, LayerConfig, Rest, TensorSpec
 from .straightline import fields_of, read_main
 from .tuning.database import Database, user_database
 from .tuning.lookup import Lookup
@@ -85,6 +86,7 @@ def build(
     rest: Rest = "float32",
     taps: Sequence[str] = (),
     database: str | Path | None = None,
+    emit: Emit | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Compiles a CNN for a target.
@@ -103,6 +105,8 @@ def build(
             layer, their ranges from the calibration data, else from 8 seeded random inputs.
         taps: layers whose input, β, planes and output become outputs of the library.
         database: what `tune` found, by default the folder `tuning` of the user's cache where there is one.
+        emit: "standalone", a library that needs libc alone, or "tvm", one for TVM's runtime; unless given, what the
+            target can have: for a card "tvm".
         progress: called with what is being done.
 
     Raises:
@@ -112,8 +116,9 @@ def build(
     if isinstance(taps, str):
         raise UsageError(f"taps: found the text {taps!r}; accepted: a list of layer names")
     resolved = _resolved(target)
+    form = _form(emit, resolved)
     lookup = Lookup(_database(database), resolved)
-    session = _open(model, resolved, example_inputs, input_shapes, calibration, rest, progress)
+    session = _open(model, resolved, example_inputs, input_shapes, calibration, rest, progress, form=form)
     choices = session.choose(plan, order, scale)
     _check_taps(taps, choices)
     _warn_of_nothing(choices, order)
@@ -123,7 +128,8 @@ def build(
 def rewritten(model: Any, target: targets.Target, **options: Any) -> tvm.IRModule:
     """What `build` with these options hands to `emit`; nothing is compiled for the target, nothing judged."""
     known = ("example_inputs", "input_shapes", "calibration", "rest", "progress")
-    session = _open(model, target, *({"rest": "float32", **options}.get(name) for name in known))
+    given = [{"rest": "float32", **options}.get(name) for name in known]
+    session = _open(model, target, *given, form="standalone")
     choices = session.choose(*(options.get(name) for name in ("plan", "order", "scale")))
     taps = options.get("taps", ())
     _check_taps(taps, choices)
@@ -138,13 +144,15 @@ def _open(
     data: Mapping[str, np.ndarray] | None,
     rest: Any,
     progress: Progress | None,
+    *,
+    form: Emit,
 ) -> _Session:
     _check_rest(rest, target)
     say = progress or (lambda _message: None)
     say("importing the model")
     imported = _import(model, example_inputs, input_shapes)
     canonical = pipeline.canonicalise()(imported.mod)
-    return _Session(imported, canonical, tuple(layers.enumerate_layers(canonical)), target, data, rest, say)
+    return _Session(imported, canonical, tuple(layers.enumerate_layers(canonical)), target, data, rest, say, form)
 
 
 def _resolved(target: str | targets.Target) -> targets.Target:
@@ -182,6 +190,7 @@ class _Session:
     data: Mapping[str, np.ndarray] | None
     rest: Rest
     say: Progress
+    form: Emit
 
     def choose(self, plan: Any, order: int | str | None, scale: str | None) -> dict[str, layers.Choice]:
         """What becomes of each layer."""
@@ -215,7 +224,7 @@ class _Session:
     ) -> CompiledModel:
         """The library of the model with `configs` rewritten."""
         made = self.rewrite(configs, taps, choices)
-        compiled = emit(made.module, self.target, made.manifest, self.say, lookup)
+        compiled = emit(made.module, self.target, made.manifest, self.say, lookup, self.form)
         if made.calibrated:
             compiled = self._judge_rest(compiled, made.module, made.manifest, made.calibrated)
         untrained = [name for name, config in configs.items() if self.imported.trained.get(name) != config]
@@ -301,6 +310,7 @@ def emit(
     manifest: Manifest,
     say: Progress,
     lookup: Lookup | None = None,
+    form: Emit = "standalone",
 ) -> CompiledModel:
     """Optimises, lowers and links a rewritten module into a library in a temporary folder, kernels as `lookup` says."""
     say("scheduling kernels")
@@ -316,8 +326,11 @@ def emit(
     folder = _Folder()
     library = folder.path / "model.so"
     steps = {kernel: f"{kernel} {layer}" for kernel, layer in layers_of_kernels(grouped).items()}
-    written = standalone(lowered, target, manifest, library, steps)
-    return CompiledModel(library, written.to_dict(), folder)
+    if form == "standalone":
+        return CompiledModel(library, standalone(lowered, target, manifest, library, steps).to_dict(), folder)
+    written = virtual_machine(lowered, target, manifest, library, steps)
+    uses = {"kernels": [{**asdict(use), "occupancy": use.occupancy} for use in written.uses]} if written.uses else {}
+    return CompiledModel(library, {**written.manifest.to_dict(), **uses}, folder)
 
 
 def layers_of_kernels(grouped: tvm.IRModule) -> dict[str, str]:
@@ -355,6 +368,18 @@ def _import(
     from .frontend.torch import import_torch
 
     return import_torch(model, example_inputs, input_shapes)
+
+
+def _form(emit: Any, target: targets.Target) -> Emit:
+    """Which library to make, its compiler being there. Raises UsageError or HorqError before anything takes time."""
+    if emit is not None and emit not in EMITS:
+        raise UsageError(f"emit: found {emit!r}; accepted: {', '.join(EMITS)}")
+    if target.family != "cuda":
+        return "standalone" if emit is None else EMITS[EMITS.index(emit)]
+    if emit == "standalone":
+        raise UsageError(f"emit: a standalone library cannot hold kernels for a card ({target.name}); accepted: tvm")
+    toolkit.find().check(target.archs)
+    return "tvm"
 
 
 def _check_rest(rest: str, target: targets.Target) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from horq_tvm.errors import HorqError
 from horq_tvm.specs import Rest, Scale, TensorSpec
 
 MANIFEST_VERSION = 1
+_OF_TVM = ("runtime", "archs", "steps")  # what only a library for TVM's runtime says
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Manifest:
     """The interface of a compiled model, the machine it needs, and what became of its layers.
 
     `inputs` and `outputs` are in the order of the model's. `cpu_features` are named as in /proc/cpuinfo. `emit` fills
-    in `target`, `cpu_features` and `bytes`.
+    in `target`, `cpu_features` and `bytes`, and for a library that TVM's runtime runs (`runtime` is "tvm") the card's
+    architectures in `archs` and in `steps` what the profile calls each kernel.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -60,12 +62,15 @@ class Manifest:
     layers: tuple[LayerRecord, ...] = ()
     bytes: ByteCounts = ByteCounts()
     version: int = MANIFEST_VERSION
+    runtime: Literal["", "tvm"] = ""
+    archs: tuple[int, ...] = ()
+    steps: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as interface.md's JSON object, its keys in that order."""
         found = asdict(self)
         keys = ("version", "inputs", "outputs", "target", "cpu_features", "layers", "bytes")
-        return {key: found[key] for key in keys}
+        return {key: found[key] for key in (*keys, *(key for key in _OF_TVM if self.runtime))}
 
     def to_json(self) -> str:
         """The manifest as one line of ASCII JSON."""
@@ -92,6 +97,9 @@ class Manifest:
             cpu_features=tuple(found["cpu_features"]),
             layers=tuple(_known(LayerRecord, entry) for entry in found["layers"]),
             bytes=_known(ByteCounts, found["bytes"]),
+            runtime=found.get("runtime", ""),
+            archs=tuple(found.get("archs", ())),
+            steps=dict(found.get("steps", {})),
         )
 
 

@@ -12,6 +12,9 @@ MAX_ORDER = 8
 Rest = Literal["float32", "int8"]
 RESTS: tuple[Rest, ...] = ("float32", "int8")
 
+Emit = Literal["standalone", "tvm"]
+EMITS: tuple[Emit, ...] = ("standalone", "tvm")
+
 
 @dataclass(frozen=True)
 class TensorSpec:

@@ -7,6 +7,7 @@ import argparse
 from horq_tvm.cli import inspect, options
 from horq_tvm.cli.show import progress, write_json
 from horq_tvm.files import check_writable
+from horq_tvm.specs import EMITS
 
 
 def add(verbs: options.Verbs) -> None:
@@ -17,6 +18,11 @@ def add(verbs: options.Verbs) -> None:
     options.add_model_options(verb)
     verb.add_argument(
         "--database", metavar="DIR", help="what `tune` found (default: the folder tuning of the user's cache)"
+    )
+    verb.add_argument(
+        "--emit",
+        choices=EMITS,
+        help="standalone needs libc alone, tvm needs TVM's runtime (default: standalone, for a card tvm)",
     )
     options.add_json_option(verb)
 
@@ -30,6 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     given = options.build_arguments(arguments)
     if arguments.database is not None:
         given["database"] = arguments.database
+    if arguments.emit is not None:
+        given["emit"] = arguments.emit
     import horq_tvm
 
     with progress() as say:

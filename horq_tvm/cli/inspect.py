@@ -41,6 +41,7 @@ def describe(manifest: Mapping[str, Any]) -> str:
     lines = [
         f"target    {manifest['target']}",
         f"needs     {' '.join(manifest['cpu_features']) or 'no particular CPU features'}",
+        *_runtime(manifest),
         *_tensors("input", manifest["inputs"]),
         *_tensors("output", manifest["outputs"]),
         f"size      {_sizes(manifest['bytes'])}",
@@ -84,6 +85,21 @@ def _int8_cost(rest: Mapping[str, Any] | None) -> list[str]:
     cosine = "undefined" if rest["cosine"] is None else f"{rest['cosine']:.4f}"
     agreement = f"top-1 {rest['agreement']:.0%}, cosine {cosine} against a float32 rest"
     return [f"int8      {agreement}, on {rest['calibration']}, which gave the ranges"]
+
+
+def _runtime(manifest: Mapping[str, Any]) -> list[str]:
+    """What a library for TVM's runtime needs besides; and what its kernels take of a card, which a build says alone."""
+    if not manifest.get("runtime"):
+        return []
+    card = f", a card of {', '.join(f'sm_{arch}' for arch in manifest['archs'])}" if manifest["archs"] else ""
+    lines = [f"runtime   TVM's{card}"]
+    if uses := manifest.get("kernels"):
+        spilled = sum(use["spilled_bytes"] > 0 for use in uses)
+        lines.append(
+            f"kernels   {len({use['kernel'] for use in uses})} a card, at most {max(use['registers'] for use in uses)}"
+            f" registers and {max(use['shared_bytes'] for use in uses)} bytes of shared memory, {spilled} with spills"
+        )
+    return lines
 
 
 def _tensors(label: str, specs: Iterable[Mapping[str, Any]]) -> list[str]:

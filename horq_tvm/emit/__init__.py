@@ -1,4 +1,4 @@
-"""From a lowered module to a library that needs nothing but libc: `standalone`.
+"""From a lowered module to a library that needs nothing but libc: `standalone`; or TVM's runtime: `virtual_machine`.
 
 plan.py     the calls of main, in order, and the buffers between them
 memory.py   where each buffer lies: caller's memory, weights, or one arena
@@ -8,5 +8,6 @@ link.py     all of it, with the C runtime, into one .so
 """
 
 from horq_tvm.emit.standalone import EmitTarget, standalone
+from horq_tvm.emit.virtual_machine import virtual_machine
 
-__all__ = ["EmitTarget", "standalone"]
+__all__ = ["EmitTarget", "standalone", "virtual_machine"]

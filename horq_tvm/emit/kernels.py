@@ -50,7 +50,7 @@ def compile_kernels(
     final = _FinalModule()
     config = {"tirx.disable_assert": True}
     with tvm.transform.PassContext(opt_level=3, config=config, instruments=[final.instrument]):
-        library = tvm.tirx.build(_with_plain_indices(tvm.IRModule(functions)), target, pipeline="s_tir")
+        library = tvm.tirx.build(with_plain_indices(tvm.IRModule(functions)), target, pipeline="s_tir")
     library.write_to_file(str(out), "o")
     missing = _missing_references(out)
     names = {symbol: name for name, symbol in symbols.items()}
@@ -67,7 +67,7 @@ def compile_kernels(
         )
 
 
-def _with_plain_indices(mod: tvm.IRModule) -> tvm.IRModule:
+def with_plain_indices(mod: tvm.IRModule) -> tvm.IRModule:
     """The first passes of TVM's own pipeline, and a simplification before it goes on to shrink buffers to what is used.
 
     A block's variables have no ranges to the simplifier, loop variables do: only once they stand in the indices is

@@ -80,9 +80,10 @@ def link(compiler: Sequence[str], family: str, folder: Path, objects: Sequence[s
     command = [*compiler, *_COMPILE, *sources, *objects, *_LINK, "-o", str(out), "-lm", "-lpthread"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise HorqError(f"{compiler[0]} failed (exit status {done.returncode}): {_first_error(done.stderr)}")
+        raise HorqError(f"{compiler[0]} failed (exit status {done.returncode}): {first_error(done.stderr)}")
 
 
-def _first_error(stderr: str) -> str:
+def first_error(stderr: str) -> str:
+    """The line of a compiler's output that says what is wrong."""
     lines = stderr.strip().splitlines() or ["no message"]
     return next((line for line in lines if "error" in line or "undefined" in line), lines[0])

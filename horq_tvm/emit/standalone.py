@@ -59,7 +59,7 @@ def standalone(
         folder = Path(scratch)
         mod = lower(lowered)
         plan = make_plan(mod, step_names)
-        _check_interface(plan, manifest)
+        check_interface(plan, manifest)
         placement = memory.place(plan)
         symbols = kernels.symbol_names(plan.steps)
         objects = []
@@ -70,14 +70,14 @@ def standalone(
         (folder / "model.c").write_text(source)
         (folder / "data.S").write_text(driver.data_assembly("weights.bin", "manifest.json"))
         (folder / "weights.bin").write_bytes(driver.weights_image(plan, placement))
-        manifest = replace(manifest, bytes=_count_weights(plan))
-        room = _manifest_room(manifest)
+        manifest = replace(manifest, bytes=count_weights(plan))
+        room = manifest_room(manifest)
         (folder / "manifest.json").write_bytes(bytes(room))
         link.link(compiler, target.family, folder, objects, partial)
-        return _write_manifest(partial, manifest, room)
+        return write_manifest(partial, manifest, room)
 
 
-def _check_interface(plan: CallPlan, manifest: Manifest) -> None:
+def check_interface(plan: CallPlan, manifest: Manifest) -> None:
     """The manifest must speak of the same tensors as main does: a library that says otherwise corrupts memory."""
     params = [index for index, buffer in enumerate(plan.buffers) if buffer.kind == "input"]
     views = {view.buffer: view for view in reversed(plan.views)}
@@ -92,7 +92,7 @@ def _check_specs(kind: str, found: Sequence[tuple[tuple[int, ...], str]], specs:
         raise HorqError(f"main has the {kind}s {list(found)}, but the manifest states {stated}")
 
 
-def _count_weights(plan: CallPlan) -> ByteCounts:
+def count_weights(plan: CallPlan) -> ByteCounts:
     """Bytes of the constants; those that are only ever seen as words or bytes of bits count as packed."""
     dtypes: dict[int, set[str]] = {}
     for view in plan.views:
@@ -106,19 +106,22 @@ def _count_weights(plan: CallPlan) -> ByteCounts:
     return ByteCounts(weights_packed=packed, weights_float=unpacked)
 
 
-def _manifest_room(manifest: Manifest) -> int:
+def manifest_room(manifest: Manifest) -> int:
     """Bytes to keep for the manifest and its final NUL before the size of the code, which it states, is known."""
     widest = replace(manifest, bytes=replace(manifest.bytes, code=_ANY_SIZE, manifest=_ANY_SIZE))
     return len(widest.to_json().encode()) + 1
 
 
-def _write_manifest(library: Path, manifest: Manifest, room: int) -> Manifest:
-    """Fills the room that the linked library keeps for the manifest, padded with blanks."""
+def write_manifest(library: Path, manifest: Manifest, room: int, further_code: int = 0) -> Manifest:
+    """Fills the room that the linked library keeps for the manifest, padded with blanks.
+
+    `further_code`: bytes of machine code in the library's data, a card's.
+    """
     elf = Elf.read(library)
     section = elf.section(MANIFEST_SECTION)
     assert section is not None
     assert section.size == room
-    counts = replace(manifest.bytes, code=elf.code_bytes, manifest=room)
+    counts = replace(manifest.bytes, code=elf.code_bytes + further_code, manifest=room)
     manifest = replace(manifest, bytes=counts)
     with library.open("r+b") as file:
         file.seek(section.offset)

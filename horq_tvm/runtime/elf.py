@@ -15,6 +15,7 @@ MACHINES = {3: "i686", 40: "arm", 62: "x86_64", 183: "aarch64"}
 
 _SHT_SYMTAB = 2
 _SHT_NOBITS = 8
+_SHT_DYNSYM = 11
 _SHF_EXECINSTR = 4
 _STB_WEAK = 2
 
@@ -104,9 +105,16 @@ class Elf:
 
     def symbols(self) -> Iterator[Symbol]:
         """The symbol table, without its unnamed entries."""
+        return self._entries(_SHT_SYMTAB)
+
+    def imports(self) -> Iterator[str]:
+        """The names that a shared library looks for in others."""
+        return (symbol.name for symbol in self._entries(_SHT_DYNSYM) if symbol.undefined)
+
+    def _entries(self, kind: int) -> Iterator[Symbol]:
         layout = struct.Struct("<IBBHQQ" if self.wide else "<IIIBBH")
         for table in self.sections:
-            if table.kind != _SHT_SYMTAB:
+            if table.kind != kind:
                 continue
             strings = self.sections[table.link]
             for fields in layout.iter_unpack(self.contents(table)):

@@ -51,10 +51,10 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def load(path: str | os.PathLike[str], threads: int = 1) -> LoadedModel:
-    """Loads a library to run on `threads` threads.
+    """Loads a library to run on `threads` threads; one of `--emit tvm` by TVM's runtime, which has to be installed.
 
     UsageError for a number of threads out of 1 to 256. HorqError where the file is not a library of horq-tvm, is for
-    another machine, or needs CPU features that this one lacks (named); no kernel has run then.
+    another machine, or needs CPU features or a card that this one lacks (named); no kernel has run then.
     """
     if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
         raise UsageError(f"threads is {threads!r}; accepted are 1 to {MAX_THREADS}")
@@ -63,6 +63,10 @@ def load(path: str | os.PathLike[str], threads: int = 1) -> LoadedModel:
     manifest = _manifest_of(elf, path)
     if not _runs_here(elf.machine):
         raise HorqError(f"{path} is built for {elf.machine}; this machine is {platform.machine()}")
+    if manifest.runtime == "tvm":
+        from .virtual_machine import VirtualMachineModel
+
+        return VirtualMachineModel(path, manifest, threads)
     return LoadedModel(path, manifest, _open(path), threads)
 
 
@@ -90,7 +94,7 @@ _opened: dict[str, list[tuple[int, int]]] = {}
 _opened_lock = threading.Lock()
 
 
-def _fresh_name(path: Path) -> str:
+def fresh_name(path: Path) -> str:
     """A name for dlopen, which hands back the old library under a name that it knows, rebuilt or not.
 
     A file that has taken another's place under one path is a new inode (the old one stays mapped, so its number is not
@@ -109,7 +113,7 @@ def _fresh_name(path: Path) -> str:
 def _open(path: Path) -> ctypes.CDLL:
     """The library, its functions typed. HorqError where the system refuses it or its ABI is not ours."""
     try:
-        library = ctypes.CDLL(_fresh_name(path))
+        library = ctypes.CDLL(fresh_name(path))
     except OSError as error:
         raise HorqError(f"cannot load {path}: {error}") from error
     library.horq_abi_version.restype = ctypes.c_int
@@ -237,17 +241,21 @@ class LoadedModel:
 
     def __init__(self, path: Path, manifest: Manifest, library: ctypes.CDLL, threads: int) -> None:
         """For `load`, which has checked the file."""
-        self.path = path
-        self.manifest = manifest
-        self.threads = threads
+        self._set_interface(path, manifest, threads)
         self._library = library
-        self._slots = tuple(map(_Slot.of, manifest.inputs)), tuple(map(_Slot.of, manifest.outputs))
         inputs, outputs = (ctypes.c_void_p * max(len(slots), 1) for slots in self._slots)
         self._pointers = inputs, outputs
         _check_features(path, library)
         self._contexts = _Contexts(library, threads)
         with self._contexts.borrowed():
             pass  # the first context now, so that what can fail fails here
+
+    def _set_interface(self, path: Path, manifest: Manifest, threads: int) -> None:
+        """What every library has, whoever runs it."""
+        self.path = path
+        self.manifest = manifest
+        self.threads = threads
+        self._slots = tuple(map(_Slot.of, manifest.inputs)), tuple(map(_Slot.of, manifest.outputs))
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -304,9 +312,13 @@ class LoadedModel:
             raise HorqError(f"{self.path}: {text}" + (f" ({detail})" if detail else ""))
 
     def _call(self, arrays: Sequence[Array], named: dict[str, Array]) -> _Call:
-        slots, outputs = self._slots
+        return _Call(self._checked(arrays, named), self._slots[1], self._pointers)
+
+    def _checked(self, arrays: Sequence[Array], named: dict[str, Array]) -> list[Array]:
+        """The inputs in order, contiguous. UsageError for what does not fit."""
+        slots = self._slots[0]
         values = arrays if len(arrays) == len(slots) and not named else self._match(arrays, named)
-        return _Call([slot.checked(v) for slot, v in zip(slots, values, strict=True)], outputs, self._pointers)
+        return [slot.checked(v) for slot, v in zip(slots, values, strict=True)]
 
     def _match(self, arrays: Sequence[Array], named: dict[str, Array]) -> list[Array]:
         """The arrays in the inputs' order."""

@@ -80,7 +80,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
         ("build m.onnx -o m.so --scale smaple", "--scale: invalid choice: 'smaple' (choose from"),
         ("build m.onnx -o m.so --input 1,3,8,8", "--input: found '1,3,8,8'; accepted: NAME=1,3,224,224"),
         ("build m.onnx -o m.so --input x=1,0,8", "--input: found 'x=1,0,8'"),
-        ("build m.onnx -o m.so --emit tvm", "unrecognized arguments: --emit tvm"),
+        ("build m.onnx -o m.so --emit vm", "argument --emit: invalid choice: 'vm'"),
         ("build m.onnx -o m.so --rest int4", "--rest: invalid choice: 'int4' (choose from"),
         ("build m.onnx -o m.so --ord 2", "unrecognized arguments: --ord 2"),
         ("run m.so x.npy --threads 0", "--threads: found '0'; accepted: a number from 1"),
