@@ -15,7 +15,9 @@ from horq_tvm.schedules.decisions import Decide
 from horq_tvm.targets import Target
 
 from .fallback import fallback
+from .planes import ballots
+from .threads import written
 
 Rule = Callable[[tirx.PrimFunc, Target, Decide], "s_tir.Schedule | None"]
 
-RULES: tuple[Rule, ...] = (fallback,)
+RULES: tuple[Rule, ...] = (written, ballots, fallback)

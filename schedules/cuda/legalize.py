@@ -2,54 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from tvm import relax, te, topi
+from tvm import relax, topi
 from tvm.ir import Op
 from tvm.relax import BlockBuilder
 
-from horq_tvm.ops import Geometry
+from horq_tvm.ops import Geometry, shape_of
+from horq_tvm.schedules.binarize import Binarization
 from horq_tvm.schedules.legalize import LEGALIZE as CPU
 from horq_tvm.schedules.legalize import Legalize
+from horq_tvm.schedules.patch import Patch
 
-from . import plain
+from . import patch
+from .pack import binarize
+from .scales import Sample, sample_scales
 
 
 def _binarize(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+    x, beta, *line = call.args
     order, first, geometry = int(call.attrs["order"]), int(call.attrs["first"]), Geometry.of(call.attrs)
-
-    def rows(x: te.Tensor, beta: te.Tensor, *line: te.Tensor) -> te.Tensor:
-        return plain.Rows(x, line, order, geometry).planes(beta, first)
-
-    def pixels(x: te.Tensor, beta: te.Tensor, *line: te.Tensor) -> te.Tensor:
-        return plain.binarize(x, beta, line, order, first, geometry.groups)
-
-    return builder.call_te(
-        rows if call.attrs["scale"] == "patch" else pixels, *call.args, primfunc_name_hint="binarize"
+    n, h, w, c = shape_of(x)
+    if call.attrs["scale"] == "patch":
+        spec = Patch((n, h, w, c), order, first, geometry)
+        rows = builder.add_func(patch.rows_of_given(spec, bool(line)), "binarize_rows")
+        return relax.call_tir(rows, [x, *line, beta], out_ty=call.ty)
+    pixels = Binarization(
+        (n, h, w, c), shape_of(beta), order, first, str(call.attrs["scale"]), geometry.groups, bool(line)
     )
+    return relax.call_tir(builder.add_func(binarize(pixels), "binarize"), [x, beta, *line], out_ty=call.ty)
 
 
 def _scales(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
-    order, geometry = int(call.attrs["order"]), Geometry.of(call.attrs)
-
-    def rows(x: te.Tensor, *line: te.Tensor) -> te.Tensor:
-        return plain.Rows(x, line, order, geometry).scales()
-
-    def images(x: te.Tensor, *line: te.Tensor) -> te.Tensor:
-        return plain.sample_scales(x, line, order)
-
-    return builder.call_te(rows if call.attrs["scale"] == "patch" else images, *call.args, primfunc_name_hint="scales")
+    x, *line = call.args
+    n, h, w, c = shape_of(x)
+    order = int(call.attrs["order"])
+    if call.attrs["scale"] == "patch":
+        found = _rows(builder, x, line, Patch((n, h, w, c), order, 0, Geometry.of(call.attrs)))
+        return relax.TupleGetItem(found, 0)
+    spec = Sample(n, h * w * c, order, c if line else 0)
+    flat = builder.emit(relax.op.reshape(x, (n, h * w * c)))
+    outputs = [call.ty, relax.TensorType(spec.partial_shape, "float64")]
+    kernel = builder.add_func(sample_scales(spec), "scales_sample")
+    return relax.TupleGetItem(builder.emit(relax.call_tir(kernel, [flat, *line], out_ty=outputs)), 0)
 
 
 def _patch(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
-    order, first, geometry = int(call.attrs["order"]), int(call.attrs["first"]), Geometry.of(call.attrs)
+    x, *line = call.args
+    order, first = int(call.attrs["order"]), int(call.attrs["first"])
+    n, h, w, c = shape_of(x)
+    return _rows(builder, x, line, Patch((n, h, w, c), order, first, Geometry.of(call.attrs)))
 
-    def both(x: te.Tensor, *line: te.Tensor) -> list[te.Tensor]:
-        rows = plain.Rows(x, line, order, geometry)
-        beta = rows.scales()
-        return [beta, rows.planes(beta, first)]
 
-    return builder.call_te(both, *call.args, primfunc_name_hint="patch")
+def _rows(builder: BlockBuilder, x: relax.Expr, line: Sequence[relax.Expr], spec: Patch) -> relax.Expr:
+    """β and planes, a tuple."""
+    kernel = builder.add_func(patch.rows(spec, bool(line)), "binarize_rows")
+    outputs = [relax.TensorType(spec.beta_shape, "float32"), relax.TensorType(spec.planes_shape, "uint32")]
+    return builder.emit(relax.call_tir(kernel, [x, *line], out_ty=outputs))
 
 
 def _pad_planes(builder: BlockBuilder, call: relax.Call) -> relax.Expr:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import tvm_ffi
 from tvm import s_tir, tirx
-from tvm.ir.expr import TensorLoad
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
@@ -58,19 +57,23 @@ def binarize(spec: Binarization) -> tirx.PrimFunc:
 
 def _ballots(value: tirx.Expr, scales: Sequence[tirx.Expr], first: int, there: tirx.Expr | None) -> list[tirx.Expr]:
     """The words of the stored planes; R_i = R_{i-1} − β_i·H_i, rounded after each subtraction."""
-    residual = IRBuilder.name(RESIDUAL, T.sblock_alloc_buffer((_index(1),), "float32", scope="local"))
-    bits = IRBuilder.name("bits", T.sblock_alloc_buffer(_wide((len(scales) - first,)), "uint32", scope="local"))
-    at = _index(0)
-    T.buffer_store(residual, value if there is None else T.if_then_else(there, value, ZERO), [at])
-    for beta in scales[:first]:  # a plane known to be all +1
-        T.buffer_store(residual, residual[at] - beta, [at])
-    for p, beta in enumerate(scales[first:]):
-        positive = residual[at] >= ZERO
-        asked = positive if there is None else tirx.all(there, positive)
-        T.buffer_store(bits, T.call_extern("uint32", "horq_ballot", asked), [_index(p)])
-        if p + first + 1 < len(scales):
-            T.buffer_store(residual, residual[at] - tirx.Select(positive, beta, -beta), [at])
-    return [bits[_index(p)] for p in range(len(scales) - first)]
+    residual = _named(RESIDUAL, value if there is None else T.if_then_else(there, value, ZERO))
+    words = []
+    for k, beta in enumerate(scales):
+        positive = residual >= ZERO
+        if k >= first:
+            asked = positive if there is None else tirx.all(there, positive)
+            words.append(_named("bits", T.call_extern("uint32", "horq_ballot", asked), "uint32"))
+        if k + 1 < len(scales):
+            # A plane before `first` is known to be all +1.
+            step = beta if k < first else tirx.Select(positive, beta, -beta)
+            residual = _named("rest", residual - step)
+    return words
+
+
+def _named(name: str, value: tirx.Expr, dtype: str = "float32") -> tirx.Var:
+    """The value once. No buffer: TVM counts it as read from outside as soon as anything is inlined into the block."""
+    return T.bind(value, var=tirx.Var(name, dtype))
 
 
 def everywhere(func: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -83,12 +86,9 @@ def _without_predicate(realize: s_tir.SBlockRealize) -> s_tir.SBlockRealize:
     if not block.name_hint.startswith(PACK) or isinstance(predicate, tirx.IntImm):
         return realize
 
-    def read(store: tirx.BufferStore) -> tirx.BufferStore:
-        loads: list[TensorLoad] = []
-        tvm_ffi.structural_walk(store.value, (TensorLoad, loads.append))
-        first = store.buffer.name == RESIDUAL and not any(load.source.same_as(store.buffer) for load in loads)
-        value = tirx.if_then_else(predicate, store.value, ZERO)
-        return tirx.BufferStore(store.buffer, value, store.indices) if first else store
+    def read(bind: tirx.Bind) -> tirx.Bind:
+        first = bind.var.name.startswith(RESIDUAL)
+        return tirx.Bind(bind.var, tirx.if_then_else(predicate, bind.value, ZERO)) if first else bind
 
     def write(branch: tirx.IfThenElse) -> tirx.IfThenElse:
         return tirx.IfThenElse(tirx.all(predicate, branch.condition), branch.then_case, branch.else_case)
@@ -97,7 +97,7 @@ def _without_predicate(realize: s_tir.SBlockRealize) -> s_tir.SBlockRealize:
     axes = {axis.var: value for axis, value in zip(block.iter_vars, realize.iter_values, strict=True)}
     of_loops = (tirx.Var, lambda var: axes.get(var, var))
     body, reads, writes = (tvm_ffi.structural_map(part, of_loops) for part in (block.body, block.reads, block.writes))
-    body = tvm_ffi.structural_map(body, ((tirx.BufferStore, read), (tirx.IfThenElse, write)))
+    body = tvm_ffi.structural_map(body, ((tirx.Bind, read), (tirx.IfThenElse, write)))
     alloc, match, notes = block.alloc_buffers, block.match_buffers, block.annotations
     inside = s_tir.SBlock([], reads, writes, block.name_hint, body, None, alloc, match, notes)
     return s_tir.SBlockRealize([], tirx.const(True, "bool"), inside)

@@ -196,22 +196,39 @@ def with_given_scales(drawn: Sequence[Drawn], target: str = "native") -> tuple[C
 
     Also returns which layers each β input feeds, in order.
     """
+    mod, fed = rewritten_with_given_scales(drawn)
+    return compile_module(mod, target=target), fed
+
+
+def rewritten_with_given_scales(drawn: Sequence[Drawn]) -> tuple[tvm.IRModule, list[list[int]]]:
+    """`with_given_scales` before anything is compiled."""
     names = [f"L{i}" for i in range(len(drawn))]
     configs = {name: layer.config(unit=True) for name, layer in zip(names, drawn, strict=True)}
     mod = pipeline.rewrite(configs)(canonical(drawn, unit=True))
     mod = ExposeScales(names)(mod)
-    fed = [[int(str(name)[1:]) for name in group] for group in mod.attrs[EXPOSED]]
-    return compile_module(mod, target=target), fed
+    return mod, [[int(str(name)[1:]) for name in group] for group in mod.attrs[EXPOSED]]
 
 
 def with_own_scales(drawn: Sequence[Drawn], target: str = "native") -> CompiledModel:
     """General weights and biases; β of the layers that compute theirs are further outputs, beta_<i>."""
+    mod, labels = rewritten_with_own_scales(drawn)
+    return compile_module(mod, labels, target)
+
+
+def rewritten_with_own_scales(drawn: Sequence[Drawn]) -> tuple[tvm.IRModule, list[str]]:
+    """`with_own_scales` before anything is compiled: the module and what its outputs are called."""
     configs = {f"L{i}": layer.config(unit=False) for i, layer in enumerate(drawn)}
-    return with_betas(canonical(drawn, unit=False), configs, target)
+    return rewritten_with_betas(canonical(drawn, unit=False), configs)
 
 
 def with_betas(mod: tvm.IRModule, configs: Mapping[str, LayerConfig], target: str = "native") -> CompiledModel:
     """The library of a module whose layer L<i> makes its output y<i>; β that it computes are outputs beta_<i>."""
+    rewritten, labels = rewritten_with_betas(mod, configs)
+    return compile_module(rewritten, labels, target)
+
+
+def rewritten_with_betas(mod: tvm.IRModule, configs: Mapping[str, LayerConfig]) -> tuple[tvm.IRModule, list[str]]:
+    """`with_betas` before anything is compiled."""
     mod = pipeline.rewrite(configs)(mod)
     program = read_main(mod)
     beta = {str(v.attrs["name"]): v.args[4] for _, v in program.bindings if op_name(v) in BITSERIAL}
@@ -220,8 +237,7 @@ def with_betas(mod: tvm.IRModule, configs: Mapping[str, LayerConfig], target: st
         for var, value in program.bindings:
             writer.bind(var, value)
         mod = writer.finish(relax.Tuple([*fields_of(program.result), *computed.values()]))
-    labels = [*(f"y{i}" for i in range(len(configs))), *computed]
-    return compile_module(mod, labels, target)
+    return mod, [*(f"y{i}" for i in range(len(configs))), *computed]
 
 
 def compile_module(mod: tvm.IRModule, labels: Sequence[str] | None = None, target: str = "native") -> CompiledModel:

@@ -92,12 +92,14 @@ class Program:
     """OpenCL source with the functions that use it, either of which `dataclasses.replace` may edit before they run.
 
     `asynchronous`: copies to shared memory as from sm_80 on and at the earliest, else as on sm_75 and at the latest.
+    `optimised` costs a second a kernel, which a large one earns back.
     """
 
     source: str
     functions: Mapping[str, Function]
     asynchronous: bool = True
-    _built: list[Any] = field(default_factory=list, init=False, compare=False)
+    optimised: bool = False
+    _kernels: dict[str, Any] = field(default_factory=dict, init=False, compare=False)
 
     @classmethod
     def of(cls, *functions: tirx.PrimFunc) -> Program:
@@ -143,16 +145,17 @@ class Program:
         tensors = [*arguments, *(queue.empty(spec) for spec in function.spaces)]
         for launch in function.launches:
             sizes = tuple(b * t for b, t in zip(launch.blocks, launch.threads, strict=True))
-            kernel = getattr(self._program(), launch.kernel)
-            kernel(queue.cl, sizes, launch.threads, *(tensors[i] for i in launch.arguments))
+            self._kernel(launch.kernel)(queue.cl, sizes, launch.threads, *(tensors[i] for i in launch.arguments))
         queue.cl.finish()
 
-    def _program(self) -> Any:
-        if not self._built:
+    def _kernel(self, name: str) -> Any:
+        if not self._kernels:
             cl = pytest.importorskip("pyopencl")
             options = ["-w", *(["-DHORQ_ASYNCHRONOUS"] if self.asynchronous else [])]
-            self._built.append(cl.Program(device(), self.source).build(options=options))
-        return self._built[0]
+            options += [] if self.optimised else ["-cl-opt-disable"]
+            built = cl.Program(device(), self.source).build(options=options)
+            self._kernels.update({kernel.function_name: kernel for kernel in built.all_kernels()})
+        return self._kernels[name]
 
 
 def run(func: tirx.PrimFunc, *inputs: Array) -> list[Array]:
@@ -165,9 +168,10 @@ def run(func: tirx.PrimFunc, *inputs: Array) -> list[Array]:
 class Network:
     """A lowered module (docs/architecture.md, section 4): its kernels called as `emit.plan` says."""
 
-    def __init__(self, lowered: tvm.IRModule) -> None:
+    def __init__(self, lowered: tvm.IRModule, **how: bool) -> None:
+        """`how`: `asynchronous` and `optimised`, see `Program`."""
         self.plan = plan.make_plan(plan.lower(lowered))
-        self.program = Program.of_module(lowered)
+        self.program = replace(Program.of_module(lowered), **how)
 
     def __call__(self, *inputs: Array) -> list[Array]:
         """The results of `main`, in its order."""
