@@ -2,6 +2,7 @@
 # make test   sets up and runs the tests (test-all: the slow ones too)
 # make cross  installs what the ARM tests need (as root, on Debian and Ubuntu); without it they are skipped
 # make opencl installs what runs the kernels for CUDA on the CPU (likewise); without it their tests are skipped
+# make cuda   installs NVIDIA's compiler (105 MB, no card needed); without it the tests that compile for cards are skipped
 # make lint   ruff and mypy          make bench   the kernel table
 
 PYTHON ?= python3
@@ -23,7 +24,11 @@ MCA_MISSING    := for suffix in "" $$(seq -f -%g 16 40); do \
 OPENCL_PACKAGES := pocl-opencl-icd
 OPENCL_MISSING  := ls /etc/OpenCL/vendors 2>/dev/null | grep -q pocl || echo PoCL
 
-.PHONY: help setup demo cross say-cross opencl say-opencl test test-all lint format bench clean
+# NVIDIA's compiler and what looks into its code: a toolkit on the machine will do, but for the latter.
+CUDA_MISSING := $(BIN)/python -c "$$CUDA_FOUND" 2>/dev/null || echo nvcc with cuobjdump
+export CUDA_FOUND := from horq_tvm.cuda import toolkit; found = toolkit.find(); assert found.program("cuobjdump") and found.program("nvdisasm")
+
+.PHONY: help setup demo cross say-cross opencl say-opencl cuda say-cuda test test-all lint format bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -61,10 +66,18 @@ say-opencl:
 	@missing=$$($(OPENCL_MISSING)); test -z "$$missing" || \
 	  echo "The tests that execute kernels for CUDA are skipped: no $$missing here. Run: make opencl (as root), or apt install $(OPENCL_PACKAGES)"
 
-test: $(STAMP) say-cross say-opencl
+cuda: $(STAMP)
+	@test -z "$$($(CUDA_MISSING))" || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cuda]'
+
+say-cuda: $(STAMP)
+	@missing=$$($(CUDA_MISSING)); test -z "$$missing" || \
+	  echo "Tests that compile for CUDA are skipped: no $$missing here. Run: make cuda (it needs g++ as well)"
+
+test: $(STAMP) say-cross say-opencl say-cuda
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-all: $(STAMP) say-cross say-opencl
+test-all: $(STAMP) say-cross say-opencl say-cuda
 	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
 
 lint: $(STAMP)
