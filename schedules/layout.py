@@ -9,6 +9,7 @@ from horq_tvm.targets import Target
 
 from . import neon, nibble, tile
 
+MMA_FILTERS = 8  # columns of a product on tensor cores: a group is filled up to a multiple
 NIBBLE_POPCOUNTS = frozenset({"avx512bw", "avx2", "ssse3"})
 
 
@@ -25,8 +26,10 @@ def bitserial(target: Target, filters: int, groups: int, row: int) -> WeightLayo
 
     Nibbles where the target counts bits with a byte shuffle: a vector holds a byte a filter then. Where no such vector
     divides a group, or a row is too long for the 16-bit sums, the layer keeps whole words, which any target can count.
-    NEON counts words.
+    NEON counts words. Tensor cores take rows of words, unless a group has fewer filters than one of their products.
     """
+    if target.family == "cuda" and filters >= MMA_FILTERS:
+        return WeightLayout("mma", MMA_FILTERS)
     if target.popcount in NIBBLE_POPCOUNTS and row <= nibble.MAX_ROW:
         lanes = _byte_lanes(filters, groups, target.vector_bits // 8)
         if lanes:

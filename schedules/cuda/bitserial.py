@@ -32,7 +32,7 @@ def legalize(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
     found = builder.emit(relax.call_tir(kernel, [planes, weight], [of_plane] * gemm.orders))
     counts = [builder.emit(relax.TupleGetItem(found, p)) for p in range(gemm.orders)] if gemm.orders > 1 else [found]
     return builder.call_te(
-        lambda *operands: from_counts(spec, _by_plane(gemm, operands[: gemm.orders]), *operands[gemm.orders :]),
+        lambda *operands: from_counts(spec, _by_plane(spec, gemm, operands), *operands[gemm.orders :]),
         *counts,
         start,
         *factors,
@@ -40,11 +40,14 @@ def legalize(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
     )
 
 
-def _by_plane(gemm: Gemm, counts: Sequence[te.Tensor]) -> list[te.Tensor]:
-    """int32 [N,HO,WO,G,1,F/G] of each plane, as `from_counts` takes them."""
+def _by_plane(spec: Bitserial, gemm: Gemm, counts: Sequence[te.Tensor]) -> list[te.Tensor]:
+    """int32 [N,HO,WO,G,1,F/G] of each plane, as `from_counts` takes them; without the filters that fill up a group.
+
+    With them an index would be f % (more than F), of which TVM does not see that it is f.
+    """
     rows, columns = gemm.output
     groups = gemm.weight[0]
-    extents = (gemm.planes[0], rows, columns, groups, 1, gemm.filters)
+    extents = (gemm.planes[0], rows, columns, groups, 1, spec.channels // groups)
 
     def of_plane(plane: te.Tensor) -> te.Tensor:
         def count(n, y, x, g, _b, f):  # type: ignore[no-untyped-def]
@@ -53,7 +56,7 @@ def _by_plane(gemm: Gemm, counts: Sequence[te.Tensor]) -> list[te.Tensor]:
 
         return te.compute(extents, count, name=f"of_{plane.op.name}")
 
-    return [of_plane(plane) for plane in counts]
+    return [of_plane(plane) for plane in counts[: gemm.orders]]
 
 
 def tensor_cores(func: tirx.PrimFunc, _target: Target, _decide: Decide = by_default) -> s_tir.Schedule | None:
@@ -62,15 +65,26 @@ def tensor_cores(func: tirx.PrimFunc, _target: Target, _decide: Decide = by_defa
     (count, *others) = blocks.Kernel.of(sch).blocks
     if blocks.name(sch, count) != COUNT:
         return None
-    groups, warps = blocks.spatial_extents(sch, count)[1], int(sch.get(count).annotations[WARPS])
-    master, *followers = _inline(sch, others)
+    groups = blocks.spatial_extents(sch, count)[1]
+    followers = _inline(sch, others)
+    for block in followers:
+        _by_rows(sch, block, groups)
+    names = [blocks.name(sch, block) for block in followers]
+    # What a block reads at (g·c + i) // c it reads at g: TVM sees that here, but not when it moves the block.
+    sch = s_tir.Schedule(s_tir.transform.StmtSimplify()(sch.mod))
+    _tiles(sch, sch.get_sblock(COUNT), [sch.get_sblock(name) for name in names])
+    return s_tir.Schedule(pack.everywhere(blocks.function(sch)))
+
+
+def _tiles(sch: s_tir.Schedule, count: blocks.Block, followers: Sequence[blocks.Block]) -> None:
+    warps = int(sch.get(count).annotations[WARPS])
     for plane in range(len(sch.get(count).writes)):
         sch.set_scope(count, plane, "shared")
-        sch.storage_align(count, plane, 0, BANKS, COUNTS_SHIFT)
+        sch.storage_align(count, plane, -2, BANKS, COUNTS_SHIFT)
     m, g, n = sch.get_loops(count)
     for loop, axis in ((m, "x"), (n, "y"), (g, "z")):
         sch.bind(loop, f"blockIdx.{axis}")
-    _by_rows(sch, master, groups)
+    master, *others = followers
     sch.reverse_compute_at(master, n, preserve_unit_loops=True)
     row, *_, channel = sch.get_loops(master)[3:]
     turn, warp = sch.split(row, [None, warps])
@@ -78,10 +92,8 @@ def tensor_cores(func: tirx.PrimFunc, _target: Target, _decide: Decide = by_defa
     sch.reorder(turn, words, warp, lane)
     sch.bind(warp, "threadIdx.y")
     sch.bind(lane, "threadIdx.x")
-    for block in followers:
-        _by_rows(sch, block, groups)
+    for block in others:
         sch.reverse_compute_at(block, lane, preserve_unit_loops=True)
-    return s_tir.Schedule(pack.everywhere(blocks.function(sch)))
 
 
 def _inline(sch: s_tir.Schedule, others: Sequence[blocks.Block]) -> list[blocks.Block]:

@@ -14,7 +14,7 @@ from horq_tvm.schedules.legalize import LEGALIZE as CPU
 from horq_tvm.schedules.legalize import Legalize
 from horq_tvm.schedules.patch import Patch
 
-from . import patch
+from . import bitserial, patch
 from .pack import binarize
 from .scales import Sample, sample_scales
 
@@ -72,8 +72,14 @@ def _pad(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
     return Op.get("relax.nn.pad").get_attr("FLegalize")(builder, call)
 
 
+def _packed_bitserial(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+    legalize = bitserial.legalize if call.attrs["style"] == "mma" else CPU["horq.packed_bitserial"]
+    return legalize(builder, call)
+
+
 LEGALIZE: Mapping[str, Legalize] = {
     **CPU,
+    "horq.packed_bitserial": _packed_bitserial,
     "horq.binarize": _binarize,
     "horq.scales": _scales,
     "horq.patch": _patch,
