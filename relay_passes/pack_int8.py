@@ -12,7 +12,17 @@ from tvm import relax
 
 from horq_tvm import ops
 from horq_tvm.errors import HorqError
-from horq_tvm.ops.int8 import ELEMENTS, WEIGHT_DTYPE, Activation, Int8Style, Rows, activation_of, zero_points_of
+from horq_tvm.ops.int8 import (
+    ELEMENTS,
+    WEIGHT_DTYPE,
+    Activation,
+    Int8Style,
+    Rows,
+    activation_of,
+    below_level,
+    element_of_zero,
+    zero_points_of,
+)
 from horq_tvm.pixels import TO_NHWC
 from horq_tvm.straightline import Array, Program, Writer, array_of, constant, op_name, read_main
 
@@ -153,10 +163,10 @@ def _layer(value: relax.Call, weight: Array, geometry: ops.Geometry, size: tuple
 
 
 def _zeros(layer: _Layer, style: Int8Style) -> tuple[int, ...]:
-    """What the elements of each channel of a group stand above their value: 0 where they are q − z."""
+    """The element of the value 0 in each channel of a group."""
     if layer.pixels:
-        return layer.pixels
-    return (layer.activation.zero_point if style == "quads" else 0,) * layer.weight.shape[3]
+        return tuple(level - below_level(style) for level in layer.pixels)
+    return (element_of_zero(style, layer.activation.zero_point),) * layer.weight.shape[3]
 
 
 def _array(value: relax.Call, index: int) -> Array:

@@ -21,6 +21,7 @@ ISSUE = 3  # instructions a cycle
 LOOP = 4  # of the loop itself
 COUNTED = 1.5  # cycles of the vector pipes for EOR, CNT and UADALP, two of them a cycle
 MULTIPLIED = 0.5  # for FMLA
+DOT = 1.0  # for SMULL and SADALP; SDOT takes half of it, but tiles of fewer filters spill in an unrolled window
 MAX_COUNTED = 8  # vectors of filters
 RAGGED = 1.5
 
@@ -46,7 +47,7 @@ def direct_convolution(func: tirx.PrimFunc, target: Target, decide: Decide = by_
         registers=target.vector_registers,
         latency=LATENCY,
         q_multiple=max(1, 32 // lanes) if packs else 1,
-        per_step=MULTIPLIED if kind.startswith("multiply") else COUNTED,
+        per_step=_per_step(kind),
     )
     tile = choose(loop, decide)
     work = neon.work(sch, reductions[0]) if in_halves else blocks.work(sch, reductions[0])
@@ -61,6 +62,12 @@ def direct_convolution(func: tirx.PrimFunc, target: Target, decide: Decide = by_
     for block in followers:
         x86.follow(sch, block, nest.at, tile, lanes)
     return sch
+
+
+def _per_step(kind: str) -> float:
+    """Cycles of the vector pipes for one vector, in a block of this name."""
+    costs = (("multiply", MULTIPLIED), ("dot", DOT))
+    return next((cost for name, cost in costs if kind.startswith(name)), COUNTED)
 
 
 def choose(loop: Loop, decide: Decide = by_default) -> Tile:

@@ -1,4 +1,4 @@
-"""Int8 layers on x86: an image quantised into rows of elements, and the dot products of a dword with many filters.
+"""Int8 layers: an image quantised into rows of elements, and the dot products of a word of them with many filters.
 
 Two instructions of x86 multiply small integers and add them up in 32-bit lanes without saturating:
 
@@ -8,7 +8,12 @@ Two instructions of x86 multiply small integers and add them up in 32-bit lanes 
 VPMADDUBSW, the usual way without VNNI, saturates its 16-bit sums: 2·255·127 does not fit, so weights would lose a bit.
 It brings nothing either: it needs PMADDWD behind it, so two multiplications for 4 products a lane, as two PMADDWDs do.
 
-One dword of the activation is broadcast, a vector holds the dwords of v filters, and the tile nest is that of the other
+ARM multiplies bytes of one kind, so elements are q − 128, exact in int8 as the weights are:
+
+    sdot     SDOT            acc += s8·s8 + s8·s8 + s8·s8 + s8·s8    (dot products: Cortex-A55, A75 and later)
+    smull    SMULL, SADALP   s8·s8 in 16 bits, then acc += the sum of two neighbours; vmull: VMULL and VPADAL, ARMv7
+
+One word of the activation is broadcast, a vector holds the words of v filters, and the tile nest is that of the other
 convolutions (`x86.direct_convolution`). Rows and runs are explained in `ops/int8.py`.
 """
 
@@ -23,24 +28,39 @@ from tvm.script.ir_builder import tirx as T
 
 from horq_tvm import reference_int8
 from horq_tvm.ops import Geometry
-from horq_tvm.ops.int8 import ACTIVATION_DTYPE, ELEMENTS, WEIGHT_DTYPE, Activation, Int8Style, Rows
+from horq_tvm.ops.int8 import (
+    ACTIVATION_DTYPE,
+    ELEMENTS,
+    WEIGHT_DTYPE,
+    Activation,
+    Int8Style,
+    Rows,
+    below_level,
+    element_of_zero,
+)
 from horq_tvm.targets import Target
 
 from . import blocks
 from .decisions import Decide, by_default
 
-FAMILIES = frozenset({"x86"})
-LEAST_LANES = 4  # 128 bits of int32: the narrowest vector of both instructions
+LEAST_LANES = 4  # 128 bits of int32: the narrowest vector of all these instructions
 VPDPBUSD = {4: "llvm.x86.avx512.vpdpbusd.128", 8: "llvm.x86.avx512.vpdpbusd.256", 16: "llvm.x86.avx512.vpdpbusd.512"}
+# Products of bytes in 16 bits, by their LLVM names.
+SMULL = {"smull": "llvm.aarch64.neon.smull", "vmull": "llvm.arm.neon.vmulls"}
 PMADDWD = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
+BITS = {"uint8": 8, "int8": 8, "int16": 16}
 ROUND = 1.5 * 2**23  # x + ROUND is x rounded to an integer (halves to even), which its lowest bits then hold
 FILL_BYTES = 64
 PARALLEL_ELEMENTS = 1 << 16  # elements under which sharing a quantisation out costs more than it brings
 
 
 def style(target: Target) -> Int8Style | None:
-    """Which of the two instructions a target has; None for a family without int8 kernels."""
-    if target.family not in FAMILIES:
+    """Which of the instructions a target has; None for a family without int8 kernels."""
+    if target.family == "arm":
+        if target.architecture != "aarch64":
+            return "vmull"
+        return "sdot" if "asimddp" in target.features else "smull"
+    if target.family != "x86":
         return None
     vnni = "avx512_vnni" in target.features or ("avx_vnni" in target.features and target.vector_bits <= 256)
     return "quads" if vnni else "pairs"
@@ -74,6 +94,13 @@ class Quantisation:
     @property
     def output(self) -> tuple[int, int, int]:
         return (self.shape[0], self.rows.height, self.rows.length)
+
+    @property
+    def zero_elements(self) -> tuple[int, ...]:
+        """The element of the value 0: of an image of bytes one a channel, else one."""
+        if self.zero_points:
+            return tuple(level - below_level(self.style) for level in self.zero_points)
+        return (element_of_zero(self.style, self.activation.zero_point),)
 
     @property
     def runs(self) -> tuple[tuple[int, int, int], tuple[int, int, int], int]:
@@ -120,33 +147,33 @@ def _fill(spec: Quantisation, elements: tirx.Buffer, n: tirx.Expr, y: tirx.Expr)
     (outer, _, _), (inner, _, _), run = spec.runs
     if outer * inner * run * spec.image[1] == spec.rows.length and not any(spec.geometry.padding):
         return
-    zero = spec.activation.zero_point if spec.style == "quads" else 0
+    zeros = spec.zero_elements
     if spec.planar and spec.zero_points:
-        for plane, level in enumerate(spec.zero_points):
-            _splash(spec, elements, (n, y), plane * spec.rows.plane, spec.rows.plane, level)
-    elif len(set(spec.zero_points)) > 1:
+        for plane, zero in enumerate(zeros):
+            _splash(spec, elements, (n, y), plane * spec.rows.plane, spec.rows.plane, zero)
+    elif len(set(zeros)) > 1:
         _stripes(spec, elements, (n, y))
     else:
-        _splash(spec, elements, (n, y), 0, spec.rows.length, (*spec.zero_points, zero)[0])
+        _splash(spec, elements, (n, y), 0, spec.rows.length, zeros[0])
 
 
 def _splash(
-    spec: Quantisation, elements: tirx.Buffer, row: tuple[tirx.Expr, ...], begin: int, length: int, level: int
+    spec: Quantisation, elements: tirx.Buffer, row: tuple[tirx.Expr, ...], begin: int, length: int, value: int
 ) -> None:
-    """`length` elements of one level."""
+    """`length` elements of one value."""
     dtype = ACTIVATION_DTYPE[spec.style]
-    for first, count, lanes in _spans(length, FILL_BYTES // (1 if spec.style == "quads" else 2)):
+    for first, count, lanes in _spans(length, FILL_BYTES * 8 // BITS[dtype]):
         with T.grid(_index(count)) as i:
             at = _ramp(begin + first + i * lanes, lanes)
-            T.buffer_store(elements, _splat(tirx.const(level, dtype), lanes), [*row, at])
+            T.buffer_store(elements, _splat(tirx.const(value, dtype), lanes), [*row, at])
 
 
 def _stripes(spec: Quantisation, elements: tirx.Buffer, row: tuple[tirx.Expr, ...]) -> None:
-    """The zero points of the channels of all pixels, one after the other."""
+    """The elements of 0 of the channels of all pixels, one after the other."""
     dtype = ACTIVATION_DTYPE[spec.style]
     with T.grid(_index(spec.rows.length // spec.rows.pixel)) as i:
-        for channel, level in enumerate(spec.zero_points):
-            T.buffer_store(elements, tirx.const(level, dtype), [*row, i * spec.rows.pixel + channel])
+        for channel, zero in enumerate(spec.zero_elements):
+            T.buffer_store(elements, tirx.const(zero, dtype), [*row, i * spec.rows.pixel + channel])
 
 
 def _row(
@@ -182,19 +209,24 @@ def _spans(length: int, widest: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _element(spec: Quantisation, value: tirx.Expr, lanes: int) -> tirx.Expr:
-    """q, or q − z: clipped as a float, so that no multiplication stands right before the rounding addition to fuse.
+    """Of a float: clipped as one, so that no multiplication stands right before the rounding addition to fuse.
 
-    A byte is an element already.
+    A byte of an image is a level already.
     """
+    dtype = _vector(ACTIVATION_DTYPE[spec.style], lanes)
     if spec.zero_points:
-        return value if spec.style == "quads" else tirx.Cast(_vector(ACTIVATION_DTYPE[spec.style], lanes), value)
+        if spec.style == "quads":
+            return value
+        if below_level(spec.style):  # − 128: the uppermost bit flipped
+            return T.reinterpret(dtype, value ^ _splat(tirx.const(128, "uint8"), lanes))
+        return tirx.Cast(dtype, value)
     scale, zero = spec.activation.scale, spec.activation.zero_point
     steps = value * _splat(_float(reference_int8.reciprocal(scale)), lanes)
     clipped = tirx.Min(tirx.Max(steps, _splat(_float(-zero), lanes)), _splat(_float(255 - zero), lanes))
     integer = T.reinterpret(_vector("int32", lanes), clipped + _splat(_float(ROUND), lanes))
-    if spec.style == "quads":
-        integer = integer + _splat(tirx.const(zero, "int32"), lanes)
-    return tirx.Cast(_vector(ACTIVATION_DTYPE[spec.style], lanes), integer)
+    if spec.style != "pairs":
+        integer = integer + _splat(tirx.const(element_of_zero(spec.style, zero), "int32"), lanes)
+    return tirx.Cast(dtype, integer)
 
 
 # --- The dot products -------------------------------------------------------------------------------------------------
@@ -246,7 +278,8 @@ def dot(spec: Dot) -> tirx.PrimFunc:
             T.writes(sums[n, y, x, g, b, span])
             with T.init():
                 T.buffer_store(sums, start[g, _ramp(b * lanes, lanes)], [n, y, x, g, b, every])
-            word = T.reinterpret("int32", elements[n, row, _ramp(at, per_word)])
+            bits = per_word * BITS[ACTIVATION_DTYPE[spec.style]]
+            word = T.reinterpret(f"int{bits}", elements[n, row, _ramp(at, per_word)])
             filters = weight[g, b, ky, t, d, _ramp(wide, lanes * per_word)]
             total = _multiply(spec.style, sums[n, y, x, g, b, every], word, filters, lanes)
             T.buffer_store(sums, total, [n, y, x, g, b, every])
@@ -254,8 +287,17 @@ def dot(spec: Dot) -> tirx.PrimFunc:
 
 
 def _multiply(kind: Int8Style, total: tirx.Expr, word: tirx.Expr, filters: tirx.Expr, lanes: int) -> tirx.Expr:
-    """total + the products of a dword's elements with those of each lane."""
+    """total + the products of a word's elements with those of each lane."""
     dtype = f"int32x{lanes}"
+    if kind in SMULL:
+        same = T.reinterpret(f"int8x{2 * lanes}", _splat(word, lanes))
+        products = T.call_llvm_pure_intrin(f"int16x{2 * lanes}", SMULL[kind], same, filters)
+        if kind == "vmull":
+            return T.call_llvm_pure_intrin(dtype, "llvm.arm.neon.vpadals", total, products)
+        return total + T.call_llvm_pure_intrin(dtype, "llvm.aarch64.neon.saddlp", products)
+    if kind == "sdot":
+        same = T.reinterpret(f"int8x{4 * lanes}", _splat(word, lanes))
+        return T.call_llvm_pure_intrin(dtype, "llvm.aarch64.neon.sdot", total, same, filters)
     if kind == "quads":
         same = T.reinterpret(f"int8x{4 * lanes}", _splat(word, lanes))
         return T.call_llvm_pure_intrin(dtype, VPDPBUSD[lanes], total, same, filters)

@@ -25,7 +25,7 @@ from horq_tvm.relay_passes.quantize_rest import QuantizeRest
 from horq_tvm.straightline import constant, op_name, read_main
 from tests.end_to_end.drawn import compile_module
 from tests.relay_passes.program import Array, module, names
-from tests.schedules.test_int8 import TARGETS
+from tests.schedules.test_int8 import TARGETS, runnable
 
 MEAN = np.array([123.675, 116.28, 103.53])  # ImageNet's, of 255 levels
 DEVIATION = np.array([58.395, 57.12, 57.375])
@@ -209,7 +209,7 @@ def test_integers_are_exact(target: str) -> None:
     ]
     mod = module([image.shape for image in arriving], body, "uint8")
     mod = pipeline.quantize_rest({f"L{i}": Activation(1.0, 0) for i in range(len(STEMS))})(mod)
-    found = compile_module(mod, target=target).load()(*arriving)
+    found = runnable(compile_module(mod, target=target), target)(*arriving)
     for i, (stem, (pixels, weight)) in enumerate(zip(STEMS, drawn, strict=True)):
         sums, expected = reference_int8.image_conv2d(pixels, weight, *stem.vectors(), **stem.window)
         assert np.abs(sums).max() > 1000

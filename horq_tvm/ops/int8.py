@@ -2,10 +2,10 @@
 
 q = clip(rint(x / s) + z, 0, 255), w int8 in [−127, 127], output = s·s_f · Σ (q − z)·w, the sum an exact int32.
 
-A kernel does not see pixels. It sees rows of small elements, and a window as rows of *runs*: a run is `words` dwords of
-consecutive elements, so that one dword is broadcast and multiplied with a dword of each filter. What a run is depends
+A kernel does not see pixels. It sees rows of small elements, and a window as rows of *runs*: a run is `words` words of
+consecutive elements, so that one word is broadcast and multiplied with a word of each filter. What a run is depends
 on the layer (`Rows`): a whole kernel row where its pixels are neighbours in memory (3 channels of 7 pixels are 21
-elements, 6 dwords of 4, where padding pixels to 4 channels would take 7), the kernel row of one channel where the image
+elements, 6 words of 4, where padding pixels to 4 channels would take 7), the kernel row of one channel where the image
 arrives channel by channel, otherwise one tap.
 """
 
@@ -14,22 +14,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from tvm import relax
 
 from .geometry import Geometry
 from .registry import call, register, shape_of, tensor
 
-Int8Style = Literal["quads", "pairs"]
-"""What a dword holds: 4 uint8 q (VNNI) or 2 int16 q − z (PMADDWD)."""
+Int8Style = Literal["quads", "pairs", "sdot", "smull", "vmull"]
+"""What a word holds: 4 uint8 q (VNNI), or 2 int16 q − z (PMADDWD). On ARM, which multiplies bytes of one kind: 4 int8
+q − 128 (SDOT), or 2 (SMULL, on 32-bit ARM VMULL)."""
 
-ELEMENTS: dict[str, int] = {"quads": 4, "pairs": 2}
-ACTIVATION_DTYPE: dict[str, str] = {"quads": "uint8", "pairs": "int16"}
-WEIGHT_DTYPE: dict[str, str] = {"quads": "int8", "pairs": "int16"}
+ELEMENTS: dict[str, int] = {"quads": 4, "pairs": 2, "sdot": 4, "smull": 2, "vmull": 2}
+ACTIVATION_DTYPE: dict[str, str] = {
+    "quads": "uint8",
+    "pairs": "int16",
+    **dict.fromkeys(("sdot", "smull", "vmull"), "int8"),
+}
+WEIGHT_DTYPE: dict[str, str] = {**ACTIVATION_DTYPE, "quads": "int8"}
 
 # Σ |q − z|·|w| ≤ L·255·128 stays below 2^31, so that no order of the additions overflows an int32. (Weights that we
-# quantise end at ±127, those that a model brings at −128.)
+# quantise end at ±127, those that a model brings at −128.) Nor does one of Σ (q − 128)·w, whose start is Σ (128 − z)·w:
+# an element that is yet to come stands for (128 − z)·w there.
 MAX_ROW = (2**31 - 1) // (255 * 128)
 
 
@@ -87,6 +93,16 @@ def int8_dense(
 ) -> relax.Call:
     """x float32 [...,L], weight int8 [F,L], factor float32 [F] = s·s_f → float32 [...,F]."""
     return call(INT8_DENSE, [x, weight, factor], name=name, **asdict(activation))
+
+
+def below_level(style: Int8Style) -> int:
+    """What an element that stands for a level, or a byte of an image, is less than it: elements of int8 are q − 128."""
+    return 128 if ACTIVATION_DTYPE[style] == "int8" else 0
+
+
+def element_of_zero(style: Int8Style, zero_point: int) -> int:
+    """The element of the value 0 in a layer that quantises floats."""
+    return 0 if style == "pairs" else zero_point - below_level(style)
 
 
 @dataclass(frozen=True)
@@ -162,9 +178,9 @@ def quantize(
     planar: bool = False,
     zero_points: Sequence[int] = (),
 ) -> relax.Call:
-    """x float32 [N,H,W,C] (`planar`: [N,C,H,W]) → the elements of `rows`, uint8 q or int16 q − z, [N,Hp,Row].
+    """x float32 [N,H,W,C] (`planar`: [N,C,H,W]) → the elements of `rows` in the `style`, [N,Hp,Row].
 
-    With `zero_points`, one a channel, x is an image of bytes that are elements already, in either style.
+    With `zero_points`, one a channel, x is an image of bytes that are levels already: elements but for `below_level`.
 
     geometry  `padding` is filled with the value 0, which of bytes is the channel's zero point; `strides` take every
               such pixel only (for a 1×1 window), else (1,1); `groups` begin at whole dwords where `rows` says so
@@ -208,9 +224,8 @@ def packed_int8(
 ) -> relax.Call:
     """elements as `quantize` gives them → float32 [N,HO,WO,F] = factor · (start + Σ element·weight).
 
-    weight  [G,B,kh,taps,words,v·e], B = ⌈F/G/v⌉, e elements a dword, those of a filter side by side: int8 (e = 4) or
-            int16 (e = 2)
-    start   int32 [G,B·v]: −Σ z·w for elements that are q or bytes; 0 for those that are q − z
+    weight  [G,B,kh,taps,words,v·e], B = ⌈F/G/v⌉, e elements a word, those of a filter side by side
+    start   int32 [G,B·v]: −Σ (the element of 0)·w
     factor  float32 [F]
     """
     how: dict[str, Any] = asdict(rows) | geometry.attributes()
@@ -235,4 +250,4 @@ def zero_points_of(attrs: Any) -> tuple[int, ...]:
 
 def style_of(attrs: Any) -> Int8Style:
     """The style that `quantize` or `packed_int8` wrote on its call."""
-    return "quads" if str(attrs["style"]) == "quads" else "pairs"
+    return cast(Int8Style, str(attrs["style"]))

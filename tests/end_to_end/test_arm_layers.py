@@ -179,3 +179,16 @@ def test_predictions_of_real_images_are_those_of_x86(network: str, target: str, 
     found = emulated(horq_tvm.build(model, target, input_shapes={"image": x.shape}), image=x)["scores"]
     assert len(set(expected.argmax(1))) > (1 if network == "resnet18-k1" else 3)
     np.testing.assert_array_equal(found.argmax(1), expected.argmax(1))
+
+
+@pytest.mark.parametrize(("target", "name"), [("rpi5", "aarch64"), ("rpi4", "aarch64"), ("rpi2", "armv7")])
+def test_an_int8_rest_predicts_as_on_x86(target: str, name: str) -> None:
+    """SDOT, SMULL and VMULL; the ranges are those of the same calibration."""
+    emulated, (model, x) = machine(name), made("mnist-k2")
+    how = {"input_shapes": {"image": x.shape}, "rest": "int8", "calibration": {"image": x}}
+    compiled = horq_tvm.build(model, target, **how)
+    assert {layer["rest"] for layer in compiled.report["layers"]} == {"int8", None}
+    found = emulated(compiled, image=x)["scores"]
+    expected = horq_tvm.build(model, **how)(x)["scores"]
+    np.testing.assert_array_equal(found.argmax(1), expected.argmax(1))
+    assert np.abs(found - expected).max() <= 0.05 * np.abs(expected).max()

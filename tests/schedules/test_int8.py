@@ -1,4 +1,4 @@
-"""Int8 layers on every x86 level: the integers are the oracle's, at the edges of dwords, vectors, groups and rows."""
+"""Int8 layers on x86 and ARM: the integers are the oracle's, at the edges of words, vectors, groups and rows."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from tvm import relax
 from horq_tvm import ops, pipeline, reference_int8, targets
 from horq_tvm.compiler import CompiledModel
 from horq_tvm.ops.int8 import MAX_ROW, Activation
+from horq_tvm.runtime.loader import LoadedModel
 from horq_tvm.schedules import int8
 from horq_tvm.specs import LayerConfig
 from horq_tvm.straightline import constant
 from tests.end_to_end.drawn import compile_module
+from tests.end_to_end.emulator import EmulatedModel, machine
 from tests.relay_passes.program import module
 
 Array = np.ndarray[Any, Any]
 
-# Those that this machine can run: VNNI in 512 bits, PMADDWD in 512, 256 and 128.
+# Of x86 what this machine can run: VNNI in 512 bits, PMADDWD in 512, 256 and 128. SMULL, SDOT and VMULL under qemu.
+ARM = {"rpi4": "aarch64", "rpi5": "aarch64", "rpi2": "armv7"}
 TARGETS = [
     pytest.param(
         name,
@@ -34,7 +37,12 @@ TARGETS = [
         ),
     )
     for name in ("native", "x86-64-v4", "x86-64-v3", "x86-64")
-]
+] + [pytest.param(name) for name in ARM]
+
+
+def runnable(compiled: CompiledModel, target: str) -> LoadedModel | EmulatedModel:
+    """The library loaded, or under qemu; skips where that is not installed."""
+    return EmulatedModel(machine(ARM[target]), compiled) if target in ARM else compiled.load()
 
 
 @pytest.mark.parametrize(
@@ -47,6 +55,10 @@ TARGETS = [
         ("x86-64-v4-vpopcntdq", "quads"),
         ("zen3", "pairs"),
         ("zen5", "quads"),
+        ("rpi4", "smull"),
+        ("rpi5", "sdot"),
+        ("jetson-orin", "sdot"),
+        ("rpi4-32", "vmull"),
     ],
 )
 def test_style_by_target(target: str, style: str) -> None:
@@ -188,7 +200,7 @@ def test_integers_are_exact(target: str) -> None:
 
 def check_integers(target: str) -> None:
     """Nothing but a factor a filter stands between the sums and the output, so equal outputs are equal sums."""
-    outputs = compiled(LAYERS, target).load()(*(arriving(layer, layer.image()) for layer in LAYERS))
+    outputs = runnable(compiled(LAYERS, target), target)(*(arriving(layer, layer.image()) for layer in LAYERS))
     for i, layer in enumerate(LAYERS):
         sums, output = layer.expected()
         assert np.abs(sums).max() > 100, layer
@@ -216,11 +228,22 @@ def test_the_largest_sums_there_are(target: str) -> None:
 
     activations = {f"L{i}": Activation(1.0, 0) for i in range(len(rows))}
     mod = pipeline.quantize_rest(activations)(module([(1, row) for row in rows], body))
-    outputs = compile_module(mod, target=target).load()(*(np.full((1, row), 255, "float32") for row in rows))
+    model = runnable(compile_module(mod, target=target), target)
+    outputs = model(*(np.full((1, row), 255, "float32") for row in rows))
     for i, row in enumerate(rows):
         factor = np.float32(1 / 127)
         expected = np.float32([255 * 127 * row] * 8 + [-255 * 127 * row] * 8) * factor
         np.testing.assert_array_equal(outputs[f"y{i}"], expected[None])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_least_byte_times_the_least_byte(target: str) -> None:
+    """q = 0 and, as a model may bring it, w = −128: two such products of bytes are 2^15, too much for 16 bits."""
+    weight = np.full((4, 6), -128, "float32")
+    mod = module([(1, 6)], lambda emit, x: [emit(ops.dense(x, constant(weight), name="L"))])
+    mod = pipeline.quantize_rest({"L": Activation(1.0, 255)}, {"L": np.ones(4)})(mod)
+    found = runnable(compile_module(mod, target=target), target)(np.full((1, 6), -300, "float32"))["y0"]
+    np.testing.assert_array_equal(found, np.full((1, 4), 6 * 255 * 128))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -233,7 +256,7 @@ def test_every_rounding_of_the_quantisation(target: str) -> None:
         one = constant(np.ones((1, 1, 1, 1), "float32"))
         mod = module([(1, len(x), 1, 1)], lambda emit, v, w=one: emit(ops.conv2d(v, w, name="L")))
         mod = pipeline.quantize_rest({"L": Activation(float(scale), zero)})(mod)
-        found = compile_module(mod, target=target).load()(x.reshape(1, -1, 1, 1))["y0"].ravel()
+        found = runnable(compile_module(mod, target=target), target)(x.reshape(1, -1, 1, 1))["y0"].ravel()
         q = reference_int8.quantize(x, float(scale), zero).astype("float32")
         factor = np.float32(float(scale) / 127)
         np.testing.assert_array_equal(found, (q - zero) * 127 * factor)
@@ -259,12 +282,14 @@ def test_the_epilogue_follows_in_the_same_kernel(target: str) -> None:
     mod = pipeline.quantize_rest({"L": layer.activation})(
         pipeline.rewrite({"next": LayerConfig(1, "static", (1.0,))})(mod)
     )
-    model = compile_module(mod, target=target).load()
+    model = runnable(compile_module(mod, target=target), target)
     found = model(layer.image(), residual)
     expected = np.maximum(layer.expected()[1] + bias + residual, 0)
     np.testing.assert_allclose(found["y0"], expected, rtol=1e-6, atol=1e-5)
     planes = np.where(found["y0"] - np.float32(0.75) >= 0, 1, -1)
     np.testing.assert_array_equal(found["y1"], planes @ signs[:, 0, 0].T.astype(int))
+    if isinstance(model, EmulatedModel):
+        return
     steps = [step.name for step in model.profile(layer.image(), residual, runs=1)]
     assert [name.split("_")[0] for name in steps] == ["quantize", "fused", "fused"], steps
 
