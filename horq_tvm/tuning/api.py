@@ -103,6 +103,8 @@ def tune(
     if minutes is not None and not 0 < minutes < float("inf"):
         raise UsageError(f"minutes: found {minutes!r}; accepted: a number above 0")
     resolved = target if isinstance(target, targets.Target) else targets.resolve(target)
+    if resolved.family == "cuda":
+        raise UsageError(f"target {resolved.name}: kernels for a card are not tuned; accepted: a target that is a CPU")
     tell = progress or (lambda _progress: None)
     begin = time.monotonic()
     devices = remote.devices(rpc, key) or [None]
