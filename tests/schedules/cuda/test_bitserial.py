@@ -292,7 +292,7 @@ def check_machine_code(orders: Sequence[int], stages: Sequence[tuple[int, int, i
     assert len(made.uses) == 2 * len(stages) * len(orders) * len(CUDA_ARCHS)
     for use in made.uses:
         assert use.spilled_bytes == use.stack_bytes == 0, use
-        assert use.occupancy >= 0.25, use
+        assert use.occupancy >= 0.125, use
     if not toolkit.program("cuobjdump") or not toolkit.program("nvdisasm"):
         pytest.skip("no cuobjdump and nvdisasm here (make cuda)")
     for (kernel, arch), found in disassembly.instructions(made.data, toolkit).items():
