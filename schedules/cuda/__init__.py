@@ -14,11 +14,11 @@ from tvm import s_tir, tirx
 from horq_tvm.schedules.decisions import Decide
 from horq_tvm.targets import Target
 
-from .bitserial import tensor_cores
+from .bitserial import popcounts, tensor_cores
 from .fallback import fallback
 from .planes import ballots
 from .threads import written
 
 Rule = Callable[[tirx.PrimFunc, Target, Decide], "s_tir.Schedule | None"]
 
-RULES: tuple[Rule, ...] = (tensor_cores, written, ballots, fallback)
+RULES: tuple[Rule, ...] = (tensor_cores, popcounts, written, ballots, fallback)

@@ -19,6 +19,7 @@ from .mma import BANKS, COUNTS_SHIFT, WARPS, Gemm
 from .tile import choose
 
 COUNT = "mma"
+THREADS = 128  # of a block, where each has an output
 
 
 def legalize(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -74,6 +75,28 @@ def tensor_cores(func: tirx.PrimFunc, _target: Target, _decide: Decide = by_defa
     sch = s_tir.Schedule(s_tir.transform.StmtSimplify()(sch.mod))
     _tiles(sch, sch.get_sblock(COUNT), [sch.get_sblock(name) for name in names])
     return s_tir.Schedule(pack.everywhere(blocks.function(sch)))
+
+
+def popcounts(func: tirx.PrimFunc, _target: Target, _decide: Decide = by_default) -> s_tir.Schedule | None:
+    """Groups of fewer filters than a product on tensor cores has: a thread counts the window of an output, in a loop.
+
+    Its neighbours read the same window for the other filters, out of the first cache: too few to gather it for them.
+    """
+    sch = s_tir.Schedule(func)
+    kernel = blocks.Kernel.of(sch)
+    counts = kernel.reductions
+    if not counts or not all(blocks.name(sch, block).startswith("popcount") for block in counts):
+        return None
+    # No planes follow: those of fewer than 32 channels a group are packed by themselves.
+    (master,) = _inline(sch, [block for block in kernel.blocks if not blocks.is_reduction(sch, block)])
+    output = sch.fuse(*sch.get_loops(master))
+    block, thread = sch.split(output, [None, THREADS])
+    sch.bind(block, "blockIdx.x")
+    sch.bind(thread, "threadIdx.x")
+    for of_plane in counts:
+        sch.set_scope(of_plane, 0, "local")
+        sch.compute_at(of_plane, thread, preserve_unit_loops=True)
+    return sch
 
 
 def _tiles(sch: s_tir.Schedule, count: blocks.Block, followers: Sequence[blocks.Block]) -> None:

@@ -29,7 +29,8 @@ from horq_tvm.specs import LayerConfig
 from horq_tvm.straightline import constant
 from horq_tvm.target_schema import CUDA_ARCHS
 from tests.cuda import nvcc
-from tests.end_to_end.drawn import compile_module
+from tests.end_to_end.drawn import Drawn, compile_module, rewritten_with_given_scales
+from tests.end_to_end.test_oracle import exact_results
 from tests.relay_passes.program import module
 from tests.schedules.cuda import card, pocl
 
@@ -187,6 +188,21 @@ def test_the_epilogue_without_barriers_is_wrong() -> None:
     network = model.network
     network.program = replace(network.program.without_barriers(), asynchronous=False)
     assert np.any(model(x)["y0"] != expected)
+
+
+def test_groups_of_few_filters_take_one_launch_too() -> None:
+    few = [
+        Drawn(96, 5, 4, "static", size=(2, 4, 4), groups=3, relu=True, seed=1),
+        Drawn(4, 4, 2, "sample", size=(2, 5, 4), kernel=(3, 3), groups=8, padding=(1, 1, 1, 1), seed=2),
+        Drawn(70, 3, 3, "patch", size=(1, 5, 4), kernel=(3, 3), padding=(1, 0, 1, 1), strides=(2, 1), seed=3),
+        Drawn(70, 7, 1, "static", lead=(5,), seed=4),
+    ]
+    mod, fed = rewritten_with_given_scales(few)
+    model = card.OnPocl(mod)
+    for drawn, y, result in exact_results(few, [drawn.image() for drawn in few], model, fed, given_beta=1.0):
+        np.testing.assert_array_equal(y, result.sums.sum(axis=0), err_msg=str(drawn))
+    rules = [str(kernel.attrs["horq.rule"]) for name, kernel in kernels(model.lowered) if "bitserial" in name]
+    assert rules == ["popcounts"] * len(few)
 
 
 def kernels(mod: tvm.IRModule) -> list[tuple[str, tirx.PrimFunc]]:
