@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -301,11 +302,12 @@ def sources(mods: Sequence[tvm.IRModule]) -> str:
     return str(built.mod.imports[0].inspect_source())
 
 
-def check_machine_code(orders: Sequence[int], stages: Sequence[tuple[int, int, int, int]]) -> None:
+def check_machine_code(order: int, stages: Sequence[tuple[int, int, int, int]]) -> None:
     toolkit = nvcc.found()
-    source = sources([residual_pair(*stage, order) for stage in stages for order in orders])
+    source = sources([residual_pair(*stage, order) for stage in stages])
+    check_barriers(source, order)
     made = fatbin.compile_source(source, CUDA_ARCHS, toolkit, CUDA.shared_bytes)
-    assert len(made.uses) == 2 * len(stages) * len(orders) * len(CUDA_ARCHS)
+    assert len(made.uses) == 2 * len(stages) * len(CUDA_ARCHS)
     for use in made.uses:
         assert use.spilled_bytes == use.stack_bytes == 0, use
         assert use.occupancy >= 0.125, use
@@ -314,14 +316,25 @@ def check_machine_code(orders: Sequence[int], stages: Sequence[tuple[int, int, i
     for (kernel, arch), found in disassembly.instructions(made.data, toolkit).items():
         assert disassembly.counting(found) == "BMMA", (kernel, arch)
         assert bool(found.get("LDGSTS")) == (arch >= 80), (kernel, arch)
-        assert found["BAR"] >= 3, (kernel, arch)  # a stage is there, all are read, the counts are there
+
+
+def check_barriers(source: str, order: int) -> None:
+    """Where TVM lays counts over the stages, these have to be read: PoCL's `horq_mma` would hide it, it waits itself."""
+    _, *bodies = re.split(r"__global__ void [^;{]*{", source)
+    for body in bodies:
+        buffers = len(re.findall(r"__shared__", body))
+        assert 2 <= buffers <= 2 + order
+        epilogue = body[body.rindex("horq_mma(") :]
+        stores = epilogue.index("(int2*)")
+        assert ("__syncthreads" in epilogue[:stores]) or buffers == 2 + order
+        assert "__syncthreads" in epilogue[stores:]
 
 
 def test_machine_code_of_one_stage() -> None:
-    check_machine_code([2], [STAGES[5]])
+    check_machine_code(2, STAGES[5:6])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_machine_code_of_every_stage(order: int) -> None:
-    check_machine_code([order], STAGES)
+    check_machine_code(order, STAGES)
