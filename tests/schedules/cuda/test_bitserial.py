@@ -319,7 +319,7 @@ def check_machine_code(order: int, stages: Sequence[tuple[int, int, int, int]]) 
 
 
 def check_barriers(source: str, order: int) -> None:
-    """Where TVM lays counts over the stages, these have to be read: PoCL's `horq_mma` would hide it, it waits itself."""
+    """Counts that TVM lays over the stages wait until these are read. PoCL would hide it: its `horq_mma` waits too."""
     _, *bodies = re.split(r"__global__ void [^;{]*{", source)
     for body in bodies:
         buffers = len(re.findall(r"__shared__", body))
