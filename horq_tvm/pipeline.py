@@ -97,7 +97,7 @@ def _algorithms(target: Target) -> Mapping[str, Legalize]:
         return LEGALIZE
     from .schedules.cuda import legalize
 
-    return legalize.LEGALIZE
+    return legalize.algorithms(target)
 
 
 def lower(target: Target, choose: Choose = lambda _func: by_default) -> tvm.transform.Pass:

@@ -16,18 +16,18 @@ from horq_tvm.targets import WARP, Target
 
 from . import mma, pack
 from .mma import BANKS, COUNTS_SHIFT, WARPS, Gemm
-from .tile import choose
+from .tile import Card, choose
 
 COUNT = "mma"
 THREADS = 128  # of a block, where each has an output
 
 
-def legalize(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+def legalize(builder: BlockBuilder, call: relax.Call, card: Card) -> relax.Expr:
     """`horq.packed_bitserial` of style `mma`: the counts of all planes from one kernel, the rest from te."""
     planes, weight, start, *factors = call.args
     spec = Bitserial.of(call.attrs)
     gemm = Gemm(shape_of(planes), shape_of(weight), spec.geometry)
-    tile = choose(gemm)
+    tile = choose(gemm, card)
     kernel = builder.add_func(mma.count(gemm, tile), "count")
     of_plane = relax.TensorType(mma.counts_shape(gemm, tile), "int32")
     found = builder.emit(relax.call_tir(kernel, [planes, weight], [of_plane] * gemm.orders))

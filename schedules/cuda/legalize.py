@@ -13,10 +13,12 @@ from horq_tvm.schedules.binarize import Binarization
 from horq_tvm.schedules.legalize import LEGALIZE as CPU
 from horq_tvm.schedules.legalize import Legalize
 from horq_tvm.schedules.patch import Patch
+from horq_tvm.targets import Target
 
 from . import bitserial, patch
 from .pack import binarize
 from .scales import Sample, sample_scales
+from .tile import Card
 
 
 def _binarize(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -72,17 +74,23 @@ def _pad(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
     return Op.get("relax.nn.pad").get_attr("FLegalize")(builder, call)
 
 
-def _packed_bitserial(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
-    legalize = bitserial.legalize if call.attrs["style"] == "mma" else CPU["horq.packed_bitserial"]
-    return legalize(builder, call)
-
-
 LEGALIZE: Mapping[str, Legalize] = {
     **CPU,
-    "horq.packed_bitserial": _packed_bitserial,
     "horq.binarize": _binarize,
     "horq.scales": _scales,
     "horq.patch": _patch,
     "horq.pad_planes": _pad_planes,
     "relax.nn.pad": _pad,
 }
+
+
+def algorithms(target: Target) -> Mapping[str, Legalize]:
+    """`LEGALIZE`, and what depends on the card."""
+    card = Card.of(target)
+
+    def packed_bitserial(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+        if call.attrs["style"] != "mma":
+            return CPU["horq.packed_bitserial"](builder, call)
+        return bitserial.legalize(builder, call, card)
+
+    return {**LEGALIZE, "horq.packed_bitserial": packed_bitserial}

@@ -1,7 +1,7 @@
 """Which tile a layer's matrix product is cut into: the one that a rough model of a card finishes first.
 
-A library holds one form of a kernel for all of its architectures, so the card of the model is none in particular: a
-middling number of multiprocessors (RTX 3090 82, A100 108, H100 132, Orin 16, T4 40), and per multiprocessor and cycle
+A library holds one form of a kernel for all of its architectures, so the card of the model is none in particular: of
+the cards that it may run on the one with the middling number of multiprocessors, and per multiprocessor and cycle
 
     one fragment product (16 × 8 × 256 bits) in 4 cycles   A100 takes 2 for it, RTX 3090 8 (4992 and 1136 Tbit-op/s)
     128 bytes from shared memory                           all of them
@@ -14,19 +14,21 @@ pixels are few: 49 pixels × 512 filters are cut into 64 tiles of 16 × 32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import product
 
 from horq_tvm.errors import HorqError
 from horq_tvm.ops import STEP_WORDS
-from horq_tvm.targets import WARP
+from horq_tvm.targets import WARP, Target
 
 from . import mma
 from .mma import CHUNKS, FRAGMENT_M, FRAGMENT_N, Gemm, Tile
 
-MULTIPROCESSORS = 80
-SHARED_BYTES = 48 << 10  # of a block, on every architecture, as a fixed size in the code
+MULTIPROCESSORS: Mapping[int, int] = {75: 40, 80: 108, 86: 82, 87: 16, 89: 128, 90: 132}
+"""By architecture, of T4, A100, RTX 3090, Orin, RTX 4090, H100."""
 SHARED_OF_CARD = 96 << 10  # of a multiprocessor, near enough
+THREADS_OF_CARD = 1024  # at once on a multiprocessor, with 64 registers each
 REGISTERS_OF_SUMS = 64  # of a thread: half of what 512 threads on a multiprocessor leave to each
 REGISTERS_MOVED = 48  # words on their way to shared memory on sm_75
 FRAGMENT_CYCLES = 4
@@ -44,16 +46,29 @@ WARPS = ((1, 2), (2, 1), (2, 2), (1, 4), (4, 1), (2, 4), (4, 2))
 STEPS = (1, 2, 3, 4)
 
 
-def choose(gemm: Gemm) -> Tile:
+@dataclass(frozen=True)
+class Card:
+    """What a tile is chosen for: multiprocessors, and the shared memory that a block may take."""
+
+    multiprocessors: int
+    shared_bytes: int
+
+    @classmethod
+    def of(cls, target: Target) -> Card:
+        known = sorted(MULTIPROCESSORS[arch] for arch in target.archs)
+        return cls(known[len(known) // 2], target.shared_bytes)
+
+
+def choose(gemm: Gemm, card: Card) -> Tile:
     """The tile with the least time; the smaller one of equals. Raises HorqError if none fits into shared memory."""
-    fitting = [tile for tile in _tiles(gemm) if shared_bytes(gemm, tile) <= SHARED_BYTES]
+    fitting = [tile for tile in _tiles(gemm) if shared_bytes(gemm, tile) <= card.shared_bytes]
     if not fitting:
         smallest = min(shared_bytes(gemm, tile) for tile in _every_tile())
         raise HorqError(
             f"{gemm.orders} planes need {smallest} bytes of shared memory for the smallest tile;"
-            f" accepted are up to {SHARED_BYTES}"
+            f" accepted are up to {card.shared_bytes}, the target's shared_kib"
         )
-    return min(fitting, key=lambda tile: (cycles(gemm, tile), tile.m * tile.n))
+    return min(fitting, key=lambda tile: (cycles(gemm, tile, card), tile.m * tile.n))
 
 
 def shared_bytes(gemm: Gemm, tile: Tile) -> int:
@@ -63,11 +78,12 @@ def shared_bytes(gemm: Gemm, tile: Tile) -> int:
     return 4 * (staged + gemm.orders * tile.m * (tile.n + mma.COUNTS_SHIFT))
 
 
-def cycles(gemm: Gemm, tile: Tile) -> float:
+def cycles(gemm: Gemm, tile: Tile, card: Card) -> float:
     """Until the last block is done, by the model."""
     blocks = mma.grid(gemm, tile)
-    on_one = -(-blocks[0] * blocks[1] * blocks[2] // MULTIPROCESSORS)
-    at_once = min(on_one, SHARED_OF_CARD // shared_bytes(gemm, tile), 2048 // (tile.warps * WARP * 2))
+    on_one = -(-blocks[0] * blocks[1] * blocks[2] // card.multiprocessors)
+    room = max(1, SHARED_OF_CARD // shared_bytes(gemm, tile))
+    at_once = min(on_one, room, THREADS_OF_CARD // (tile.warps * WARP))
     stages = mma.stages(gemm, tile)
     busy = stages * tile.steps * _step(gemm, tile) + tile.m * tile.n * OUTPUT_CYCLES
     threads = tile.warps * WARP

@@ -37,6 +37,7 @@ from tests.schedules.cuda import card, pocl
 
 Array = np.ndarray[Any, Any]
 CUDA = targets.resolve("cuda")
+CARD = tile.Card.of(CUDA)
 
 # --- Counts -----------------------------------------------------------------------------------------------------------
 
@@ -253,9 +254,9 @@ def gemm_of(height: int, channels: int, filters: int, stride: int, order: int, b
 @pytest.mark.parametrize("stage", STAGES, ids=str)
 def test_tiles_fit_and_keep_a_card_busy(stage: tuple[int, int, int, int], order: int, batch: int) -> None:
     gemm = gemm_of(*stage, order, batch)
-    found = tile.choose(gemm)
+    found = tile.choose(gemm, CARD)
     across, down = found.fragments
-    assert tile.shared_bytes(gemm, found) <= tile.SHARED_BYTES
+    assert tile.shared_bytes(gemm, found) <= CARD.shared_bytes
     assert gemm.orders * across * down * 4 <= tile.REGISTERS_OF_SUMS
     assert found.m == across * found.warps_m * mma.FRAGMENT_M
     assert found.n == down * found.warps_n * mma.FRAGMENT_N
@@ -266,9 +267,16 @@ def test_tiles_fit_and_keep_a_card_busy(stage: tuple[int, int, int, int], order:
     assert batch == 1 or found.m * found.n >= least
 
 
+def test_few_multiprocessors_take_larger_tiles() -> None:
+    small, large = (tile.Card.of(targets.resolve(name)) for name in ("cuda-sm87", "cuda-sm90"))
+    for stage in STAGES:
+        orin, h100 = (tile.choose(gemm_of(*stage, order=2), of) for of in (small, large))
+        assert orin.m * orin.n > h100.m * h100.n, stage
+
+
 def test_planes_that_no_tile_holds() -> None:
     with pytest.raises(HorqError, match=r"64 planes need \d+ bytes of shared memory .* accepted are up to 49152"):
-        tile.choose(gemm_of(*STAGES[0], order=64))
+        tile.choose(gemm_of(*STAGES[0], order=64), CARD)
 
 
 # --- Machine code -----------------------------------------------------------------------------------------------------
