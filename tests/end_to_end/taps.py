@@ -21,7 +21,8 @@ MEAN_ERROR = 1e-6
 class Tap:
     """A conv layer's tapped tensors.
 
-    Input [N,H,W,C] and output [N,HO,WO,F], β [N,K] ([1,K] if static), planes [N,H,W,G,K,words].
+    Input [N,H,W,C] and output [N,HO,WO,F], β [N,K] ([1,K] if static), planes [N,H,W,G,K,words]; with `patch` β
+    [N,HO,WO,G,K] and planes [N,HO,WO,G,K,kh·kw·words].
     """
 
     input: Array
@@ -57,24 +58,29 @@ class Comparison:
 def compare(
     tap: Tap, weight: Array, alpha: Array, bias: Array | None = None, *, scale: Scale, **geometry: Any
 ) -> Comparison:
-    """Asserts that planes and output follow from the tapped input; scale `sample` or `static`.
+    """Asserts that planes and output follow from the tapped input.
 
     With the tapped β nothing is in doubt: planes are equal, outputs within the tolerance. With the reference's means,
     the planes are equal but for doubtful signs. `weight` is ±1 [F,C/g,kh,kw], `alpha` and `bias` are [F], `geometry` is
     as in `reference.conv2d`.
     """
-    order = tap.beta.shape[1]
-    groups = geometry.get("groups", 1)
+    order = tap.beta.shape[-1]
     beta = tap.beta[0] if scale == "static" else tap.beta
     given = reference.conv2d(tap.image, weight, alpha, beta, bias, order=order, scale=scale, **geometry)
-    np.testing.assert_array_equal(tap.planes, reference.pack_images(given.planes, groups))
+
+    def packed(planes: Array) -> Array:
+        if scale == "patch":
+            return reference.pack_rows(planes, weight.shape[2] * weight.shape[3])
+        return reference.pack_images(planes, geometry.get("groups", 1))
+
+    np.testing.assert_array_equal(tap.planes, packed(given.planes))
     worst = assert_within(tap.features, given.output, given.tolerance)
     if scale == "static":
         return Comparison(tap.input.size, 0, worst)
     own = reference.conv2d(tap.image, weight, alpha, order=order, scale=scale, **geometry)
-    assert (np.abs(beta.astype("float64") - own.beta) <= MEAN_ERROR * own.beta[:, :1]).all()
+    assert (np.abs(beta.astype("float64") - own.beta) <= MEAN_ERROR * own.beta[..., :1]).all()
     trusted = np.where(own.doubtful_signs, given.planes, own.planes)
-    np.testing.assert_array_equal(tap.planes, reference.pack_images(trusted, groups))
+    np.testing.assert_array_equal(tap.planes, packed(trusted))
     return Comparison(tap.input.size, int(own.doubtful_signs.sum()), worst)
 
 

@@ -1,0 +1,116 @@
+"""Whole networks lowered for CUDA and executed by PoCL: every layer on its own input, and what they predict."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from sklearn.datasets import load_sample_images
+
+pytest.importorskip("tvm")
+
+import horq_tvm
+from horq_tvm import compiler, targets, zoo
+from horq_tvm.export import to_onnx
+from horq_tvm.relay_passes.rewrite_layers import TAP_NAMES
+from horq_tvm.specs import Scale
+from tests.end_to_end.alone import as_image, operands
+from tests.end_to_end.taps import Array, Tap, compare
+from tests.end_to_end.test_arm_layers import FLATTENED, digits_network, trained_file
+from tests.networks import cifar_images, cifar_resnet
+from tests.schedules.cuda import pocl
+from tests.schedules.cuda.card import OnPocl
+
+torch.set_num_threads(1)
+
+IMAGES = 4
+Maker = Callable[[Path], tuple[Path, Array]]
+
+
+def cifar(order: int, scale: Scale, folder: Path) -> tuple[Path, Array]:
+    """Groups and strides, and an affine ahead of each binarisation."""
+    x = cifar_images(IMAGES, seed=5)
+    to_onnx(cifar_resnet(order, scale), x, folder / "cifar.onnx", ["image"], ["scores"])
+    return folder / "cifar.onnx", x.numpy()
+
+
+def resnet18(order: int, size: int, folder: Path) -> tuple[Path, Array]:
+    """Untrained, its statistics and β those of two photos, a head that tells them apart."""
+    torch.manual_seed(0)
+    network = zoo.build("resnet18", order=order)
+    photos = [torch.from_numpy(photo[:, :427].astype("float32")) for photo in load_sample_images().images]
+    x = torch.nn.functional.interpolate(torch.stack(photos).permute(0, 3, 1, 2), size=(size, size), mode="area")
+    x = (x - x.mean()) / x.std()
+    with torch.no_grad():
+        network.train()(x)
+        network.eval().head.bias -= network(x).mean(0)
+    to_onnx(network, x, folder / "resnet18.onnx", ["image"], ["scores"])
+    return folder / "resnet18.onnx", x.numpy()
+
+
+NETWORKS: Mapping[str, Maker] = {
+    "digits": digits_network,
+    "mnist-k2": trained_file("mnist-k2"),
+    "resnet20-k2": trained_file("resnet20-k2"),
+    "cifar-static-3": partial(cifar, 3, "static"),
+    "cifar-sample-2": partial(cifar, 2, "sample"),
+    "cifar-patch-2": partial(cifar, 2, "patch"),
+    "resnet18-k2-64": partial(resnet18, 2, 64),
+    "resnet18-k1-224": partial(resnet18, 1, 224),
+    "resnet18-k2-224": partial(resnet18, 2, 224),
+}
+SLOW = ("cifar-static-3", "resnet18-k1-224", "resnet18-k2-224")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _device() -> None:
+    pocl.device()
+
+
+@lru_cache(maxsize=1)
+def made(network: str) -> tuple[onnx.ModelProto, Array]:
+    """The file and its images."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, x = NETWORKS[network](Path(folder))
+        return onnx.load(path), x[:IMAGES]
+
+
+def on_pocl(model: onnx.ModelProto, x: Array, taps: list[str]) -> Mapping[str, Array]:
+    """The outputs of the network lowered for CUDA; of large images it is worth to optimise the kernels."""
+    rewritten = compiler.rewritten(model, targets.resolve("cuda"), input_shapes={"image": x.shape}, taps=taps)
+    labels = ["scores", *(str(name) for name in rewritten.attrs[TAP_NAMES])] if taps else ["scores"]
+    return OnPocl(rewritten, labels, optimised=x[0].size > 2**16)(x)
+
+
+@pytest.mark.parametrize("network", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in NETWORKS])
+def test_network(network: str) -> None:
+    """Planes and sums of every layer are the reference's on the layer's own input, and predictions are the CPU's."""
+    model, x = made(network)
+    layers = operands(model)
+    outputs = on_pocl(model, x, list(layers))
+    for layer, given in layers.items():
+        tap = Tap.of(outputs, layer)
+        found = _compare(replace(tap, input=as_image(tap.input), output=as_image(tap.output)), given, network, layer)
+        assert found.doubtful <= 1e-4 * found.signs
+    expected = horq_tvm.build(model, input_shapes={"image": x.shape})(x)["scores"]
+    np.testing.assert_array_equal(outputs["scores"].argmax(1), expected.argmax(1))
+    # Without taps, epilogues go on to the next layer's planes.
+    np.testing.assert_array_equal(on_pocl(model, x, [])["scores"].argmax(1), expected.argmax(1))
+
+
+def _compare(tap: Tap, given: Any, network: str, layer: str) -> Any:
+    weight = given.weight
+    if weight.ndim == 2:
+        if (network, layer) in FLATTENED:  # the library has its rows in the order H, W, C
+            channels, *size = FLATTENED[network, layer]
+            weight = np.moveaxis(weight.reshape(-1, channels, *size), 1, 3).reshape(weight.shape)
+        weight = weight[..., None, None]
+    return compare(tap, weight, given.alpha, given.bias, scale=given.attributes["scale"].decode(), **given.geometry)
