@@ -24,7 +24,7 @@ RULE = "horq.rule"  # the attribute that names the rule which took a kernel
 ELEMENTWISE_RULES = frozenset({"direct_convolution", "elementwise"})
 
 # Rules that may leave tensors in memory between their blocks.
-HOISTED_RULES = frozenset({"plain", "fallback"})
+HOISTED_RULES = frozenset({"plain", "fallback", "tiles", "windows"})
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleKernels")

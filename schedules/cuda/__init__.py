@@ -16,9 +16,10 @@ from horq_tvm.targets import Target
 
 from .bitserial import popcounts, tensor_cores
 from .fallback import fallback
+from .float import tiles, windows
 from .planes import ballots
 from .threads import written
 
 Rule = Callable[[tirx.PrimFunc, Target, Decide], "s_tir.Schedule | None"]
 
-RULES: tuple[Rule, ...] = (tensor_cores, popcounts, written, ballots, fallback)
+RULES: tuple[Rule, ...] = (tensor_cores, popcounts, written, ballots, tiles, windows, fallback)

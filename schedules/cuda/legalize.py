@@ -16,6 +16,7 @@ from horq_tvm.schedules.patch import Patch
 from horq_tvm.targets import Target
 
 from . import bitserial, patch
+from . import float as floats
 from .pack import binarize
 from .scales import Sample, sample_scales
 from .tile import Card
@@ -76,6 +77,7 @@ def _pad(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
 
 LEGALIZE: Mapping[str, Legalize] = {
     **CPU,
+    "horq.packed_conv2d": floats.legalize,
     "horq.binarize": _binarize,
     "horq.scales": _scales,
     "horq.patch": _patch,
