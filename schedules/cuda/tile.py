@@ -3,7 +3,7 @@
 A library holds one form of a kernel for all of its architectures, so the card of the model is none in particular: of
 the cards that it may run on the one with the middling number of multiprocessors, and per multiprocessor and cycle
 
-    one fragment product (16 × 8 × 256 bits) in 4 cycles   A100 takes 2 for it, RTX 3090 8 (4992 and 1136 Tbit-op/s)
+    one fragment product (16 × 8 × 256 bits) in 4 cycles   RTX 3090 and H100 (two ANDs); A100 takes 2 (docs/cuda.md)
     128 bytes from shared memory                           all of them
     32 bytes from the second-level cache or memory         A100 47 (5120 bytes over 108), RTX 3090 about 25
     128 threads' operations                                64 on sm_75 and A100, 128 on the others
