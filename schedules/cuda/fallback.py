@@ -12,7 +12,7 @@ from horq_tvm.targets import MAX_THREADS, Target
 
 from .planes import on_warps
 
-DLIGHT = (gpu.Fallback(),)
+DLIGHT = (gpu.GeneralReduction(), gpu.Fallback())
 
 
 def fallback(func: tirx.PrimFunc, target: Target, _decide: Decide = by_default) -> s_tir.Schedule | None:

@@ -252,7 +252,9 @@ def windows(func: tirx.PrimFunc, _target: Target, _decide: Decide = by_default) 
     if len(found) != 1 or blocks.packs(sch, every[found[0]]):
         return None
     before, reduction, others = every[: found[0]], every[found[0]], every[found[0] + 1 :]
-    if any(blocks.writes_output(sch, block) or blocks.packs(sch, block) for block in before):
+    if len(blocks.spatial_extents(sch, reduction)) < 2 or any(
+        blocks.writes_output(sch, block) or blocks.packs(sch, block) for block in before
+    ):
         return None
     for block in before:
         sch.compute_inline(block)
