@@ -28,7 +28,6 @@ from horq_tvm.schedules.cuda.mma import Gemm, Tile
 from horq_tvm.schedules.layout import WeightLayout
 from horq_tvm.specs import LayerConfig
 from horq_tvm.straightline import constant
-from horq_tvm.target_schema import CUDA_ARCHS
 from tests.cuda import nvcc
 from tests.end_to_end.drawn import Drawn, compile_module, rewritten_with_given_scales
 from tests.end_to_end.test_oracle import exact_results
@@ -38,6 +37,16 @@ from tests.schedules.cuda import card, pocl
 Array = np.ndarray[Any, Any]
 CUDA = targets.resolve("cuda")
 CARD = tile.Card.of(CUDA)
+
+STAGES = [  # of ResNet-18: height, channels, filters, stride
+    (56, 64, 64, 1),
+    (56, 64, 128, 2),
+    (28, 128, 128, 1),
+    (28, 128, 256, 2),
+    (14, 256, 256, 1),
+    (14, 256, 512, 2),
+    (7, 512, 512, 1),
+]
 
 # --- Counts -----------------------------------------------------------------------------------------------------------
 
@@ -54,6 +63,8 @@ COUNTS = [  # every chunk of 4, 2 and 1 words; stages that end within a window; 
     (Gemm((3, 4, 4, 2, 2, 2), (2, 8, 8), Geometry((2, 2), (1, 2), (0, 1, 2, 0), groups=2)), Tile(16, 32, 1, 2, 1)),
     (Gemm((1, 1, 3, 1, 1, 6), (1, 104, 8), ONE), Tile(16, 64, 1, 2, 2)),
     (Gemm((1, 1, 40, 1, 8, 36), (1, 40, 40), ONE), Tile(16, 32, 1, 4, 1)),
+    (Gemm((1, 12, 11, 1, 1, 2), (1, 64, 24), THREE), Tile(128, 64, 2, 4, 1)),
+    (Gemm((1, 7, 10, 1, 1, 4), (1, 136, 40), THREE), Tile(64, 128, 4, 2, 2)),
 ]
 
 
@@ -182,6 +193,29 @@ def test_one_launch_from_planes_to_planes(name: str) -> None:
     assert sorted(rules) == ["ballots"] + ["tensor_cores"] * len(convs)
 
 
+def check_stage(stage: tuple[int, int, int, int], order: int, target: str) -> None:
+    """Two convolutions of a stage in full size, as on the CPU."""
+    height, channels, filters, stride = stage
+    shape = (1, height, height, channels)
+    mod = chain(shape, [Conv(filters, order, stride=stride), Conv(filters, order)], residual=True)
+    x = (4 * np.random.default_rng(2).standard_normal(shape)).astype("float32")
+    expected = compile_module(mod).load()(x)["y0"]
+    found = card.OnPocl(mod, target=target)(x)["y0"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_large_tiles_of_a_small_card() -> None:
+    check_stage(STAGES[0], 2, "cuda-sm87")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda", "cuda-sm87"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_every_stage_in_full_size(order: int, target: str) -> None:
+    for stage in STAGES:
+        check_stage(stage, order, target)
+
+
 def test_the_epilogue_without_barriers_is_wrong() -> None:
     shape, convs, residual = CHAINS["value and planes"]
     model = card.OnPocl(chain(shape, convs, residual))
@@ -231,17 +265,6 @@ def test_rows_of_weights_are_filled_up_to_steps_and_groups_to_products() -> None
     assert not packed[:, 10:].any()
 
 
-STAGES = [  # of ResNet-18: height, channels, filters, stride
-    (56, 64, 64, 1),
-    (56, 64, 128, 2),
-    (28, 128, 128, 1),
-    (28, 128, 256, 2),
-    (14, 256, 256, 1),
-    (14, 256, 512, 2),
-    (7, 512, 512, 1),
-]
-
-
 def gemm_of(height: int, channels: int, filters: int, stride: int, order: int, batch: int = 1) -> Gemm:
     words = channels // 32
     depth = -(-9 * words // ops.STEP_WORDS) * ops.STEP_WORDS
@@ -282,8 +305,9 @@ def test_planes_that_no_tile_holds() -> None:
 # --- Machine code -----------------------------------------------------------------------------------------------------
 
 
-def residual_pair(height: int, channels: int, filters: int, stride: int, order: int) -> tvm.IRModule:
+def residual_pair(stage: tuple[int, int, int, int], order: int, target: str) -> tvm.IRModule:
     """Two convolutions of a residual network, lowered; the first makes a float value and the second one's planes."""
+    height, channels, filters, stride = stage
     rng = np.random.default_rng(0)
     weights = [rng.standard_normal((filters, 3, 3, depth)).astype("float32") for depth in (channels, filters)]
 
@@ -296,7 +320,7 @@ def residual_pair(height: int, channels: int, filters: int, stride: int, order: 
 
     configs = {name: LayerConfig(order, "static", (0.8, 0.4, 0.2, 0.1)[:order]) for name in "ab"}
     shapes = [(1, height, height, channels), (1, height // stride, height // stride, filters)]
-    return card.lower(pipeline.rewrite(configs)(module(shapes, body)))
+    return card.lower(pipeline.rewrite(configs)(module(shapes, body)), target)
 
 
 def sources(mods: Sequence[tvm.IRModule]) -> str:
@@ -310,12 +334,12 @@ def sources(mods: Sequence[tvm.IRModule]) -> str:
     return str(built.mod.imports[0].inspect_source())
 
 
-def check_machine_code(order: int, stages: Sequence[tuple[int, int, int, int]]) -> None:
-    toolkit = nvcc.found()
-    source = sources([residual_pair(*stage, order) for stage in stages])
+def check_machine_code(order: int, stages: Sequence[tuple[int, int, int, int]], target: str = "cuda") -> None:
+    toolkit, archs = nvcc.found(), targets.resolve(target).archs
+    source = sources([residual_pair(stage, order, target) for stage in stages])
     check_barriers(source, order)
-    made = fatbin.compile_source(source, CUDA_ARCHS, toolkit, CUDA.shared_bytes)
-    assert len(made.uses) == 2 * len(stages) * len(CUDA_ARCHS)
+    made = fatbin.compile_source(source, archs, toolkit, CUDA.shared_bytes)
+    assert len(made.uses) == 2 * len(stages) * len(archs)
     for use in made.uses:
         assert use.spilled_bytes == use.stack_bytes == 0, use
         assert use.occupancy >= 0.125, use
@@ -343,6 +367,7 @@ def test_machine_code_of_one_stage() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda", "cuda-sm75", "cuda-sm87", "cuda-sm90"])
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
-def test_machine_code_of_every_stage(order: int) -> None:
-    check_machine_code(order, STAGES)
+def test_machine_code_of_every_stage(order: int, target: str) -> None:
+    check_machine_code(order, STAGES, target)
