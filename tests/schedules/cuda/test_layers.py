@@ -10,6 +10,7 @@ from hypothesis import given
 
 pytest.importorskip("tvm")
 
+from horq_tvm.specs import MAX_ORDER
 from tests.end_to_end.drawn import Drawn, rewritten_with_given_scales, rewritten_with_own_scales
 from tests.end_to_end.test_oracle import EDGE_INPUTS, SWEEP, check_general, draws, exact_results
 from tests.schedules.cuda import pocl
@@ -28,6 +29,8 @@ LAYERS = [
     Drawn(130, 40, 2, "sample", lead=(3,), relu=True, seed=10),
     Drawn(65, 9, 4, "patch", lead=(2, 3), seed=11),
     Drawn(608, 64, 1, "static", size=(1, 3, 3), kernel=(3, 3), padding=(1, 1, 1, 1), seed=12),
+    Drawn(63, 16, MAX_ORDER, "static", size=(2, 5, 4), kernel=(3, 2), padding=(1, 0, 1, 1), seed=13),
+    Drawn(63, 16, MAX_ORDER, "patch", size=(2, 5, 4), kernel=(3, 2), padding=(1, 0, 1, 1), seed=14),
 ]
 
 
