@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -73,6 +74,18 @@ def compile_source(source: str, archs: Sequence[int], toolkit: Toolkit, shared_b
         if use.shared_bytes > shared_bytes:
             raise HorqError(_too_large(use.kernel, use.shared_bytes, shared_bytes))
     return Fatbin(data, uses)
+
+
+def extract(library: bytes) -> bytes:
+    """The fatbin that a library of ours holds. HorqError where there is none.
+
+    Its header is its magic, a version and the header's own size (two bytes each), and the size of the rest (eight).
+    """
+    at = library.find(MAGIC)
+    if at < 0:
+        raise HorqError("the library holds no fatbin; accepted: one that was built for a card")
+    _version, header, size = struct.unpack_from("<HHQ", library, at + len(MAGIC))
+    return library[at : at + header + size]
 
 
 def threads_of(source: str) -> dict[str, int]:
