@@ -93,22 +93,30 @@ def resources(name: str, given: Sequence[int], target: targets.Target, folder: P
 
 
 def describe_resources(records: Sequence[Record]) -> str:
-    """A row a kernel and order, a column an architecture."""
+    """A column an architecture, a row for all kernels of one order that take the same; those of layers by the first."""
     archs = sorted({record["arch"] for record in records})
-    kernels: dict[tuple[int, str], dict[int, Record]] = {}
-    for record in records:
-        kernels.setdefault((record["order"], record["kernel"]), {})[record["arch"]] = record
-    rows = []
-    for (order, kernel), by_arch in kernels.items():
-        first = by_arch[archs[0]]
-        cells = (f"{r['registers']} / {r['occupancy']:.0%}" for r in (by_arch[arch] for arch in archs))
-        named = "/".join(sorted({r["instruction"] or "-" for r in by_arch.values()}))
-        shared = "/".join(sorted({str(r["shared_bytes"]) for r in by_arch.values()}))
-        rows.append((kernel.replace("_kernel", ""), first["layer"], order, named, first["threads"], shared, *cells))
-    header = ("kernel", "layer", "K", "by", "threads", "shared", *(f"sm_{arch}" for arch in archs))
+    kernels: dict[tuple[int, str], list[Record]] = {}
+    for record in sorted(records, key=lambda record: record["arch"]):
+        kernels.setdefault((record["order"], record["kernel"]), []).append(record)
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    for (order, kernel), of in kernels.items():
+        cells = tuple(f"{r['registers']} / {r['occupancy']:.0%}" for r in of)
+        named, shared = (
+            "/".join(dict.fromkeys(str(r[key] or "-") for r in of)) for key in ("instruction", "shared_bytes")
+        )
+        row = (order, named, of[0]["threads"], shared, *cells)
+        rows.setdefault(row, []).append(of[0]["layer"] or kernel.partition("_kernel")[0])
+    header = ("layer, or kernel", "of these", "K", "by", "threads", "shared", *(f"sm_{arch}" for arch in archs))
     spilled = sum(record["spilled_bytes"] > 0 for record in records)
-    summary = f"{len(kernels)} kernels × {len(archs)} architectures, {spilled} with spills; registers / occupancy"
-    return f"{table(header, rows)}\n\n{summary}"
+    text = table(header, [(sorted(names)[0], len(names), *row) for row, names in sorted(rows.items(), key=_order)])
+    counts = f"{len(kernels)} kernels × {len(archs)} architectures, {spilled} with spills"
+    return f"{text}\n\n{counts}; registers of a thread / share of a multiprocessor's warps"
+
+
+def _order(row: tuple[tuple[Any, ...], list[str]]) -> tuple[Any, ...]:
+    """By planes, then what counts bits, then by layer."""
+    (order, instruction, *_), names = row
+    return (order, instruction == "-", sorted(names)[0])
 
 
 # --- On a card --------------------------------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _fit(target: targets.Target, host: targets.Host) -> str:
     if not host.flags:
         return "unknown"
+    if target.family == "cuda" and not target.missing_on(host.flags):
+        return "with a card"
     return "no" if target.missing_on(host.flags) else "yes"
 
 

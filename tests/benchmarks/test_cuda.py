@@ -35,6 +35,7 @@ def test_resources_are_a_cards(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--target x86-64 is a CPU; accepted with --resources: cuda, cuda-aarch64" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_each_kernel_with_its_instruction(tmp_path: Path) -> None:
     found = nvcc.found()
     if not found.program("cuobjdump") or not found.program("nvdisasm"):
@@ -48,9 +49,11 @@ def test_each_kernel_with_its_instruction(tmp_path: Path) -> None:
     assert all(record["spilled_bytes"] == 0 and 0 < record["occupancy"] <= 1 for record in records)
     text = cuda.describe_resources(records)
     assert f"{len(records)} kernels × 1 architectures, 0 with spills" in text
-    assert "layer3.5.conv" in text
+    assert "layer1.0.conv" in text
+    assert sum(int(line.split()[1]) for line in text.splitlines() if "BMMA" in line) == 18
 
 
+@pytest.mark.slow
 def test_layers_are_checked_and_a_wrong_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = cuda.Subject("resnet20", 1, 1)
     shapes = cuda.check(subject, NATIVE, tmp_path)

@@ -15,6 +15,7 @@ from torch import nn
 
 import horq_tvm
 from horq_tvm import targets
+from horq_tvm.cli import main
 from horq_tvm.cuda.fatbin import MAGIC
 from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.runtime.elf import Elf
@@ -92,6 +93,16 @@ def test_the_manifest_is_read_without_loading(on_cpu: horq_tvm.CompiledModel) ->
     assert "runtime" not in json.loads(read_manifest(build("native").library).to_json())
 
 
+def test_the_command_line_inspects_and_runs_it(
+    on_cpu: horq_tvm.CompiledModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(on_cpu.library)]) == 0
+    assert "runtime   TVM's\n" in capsys.readouterr().out
+    np.save(tmp_path / "x.npy", image())
+    assert main(["run", str(on_cpu.library), str(tmp_path / "x.npy"), "-o", str(tmp_path / "y.npy")]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), *on_cpu(image()).values())
+
+
 def test_a_card_has_no_standalone_library() -> None:
     with pytest.raises(UsageError, match=r"cannot hold kernels for a card \(cuda-sm86\); accepted: tvm"):
         build("cuda-sm86", emit="standalone")
@@ -117,6 +128,11 @@ def test_one_library_holds_machine_code_of_every_architecture(on_cards: horq_tvm
     assert str(Path.home()).encode() not in data
 
 
+def test_inspect_names_the_cards(on_cards: horq_tvm.CompiledModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(on_cards.library)]) == 0
+    assert "runtime   TVM's, a card of sm_75, sm_80, sm_86, sm_87, sm_89, sm_90\n" in capsys.readouterr().out
+
+
 def test_without_a_card_it_does_not_load(on_cards: horq_tvm.CompiledModel) -> None:
     try:
         on_cards.load()
@@ -128,6 +144,7 @@ def test_without_a_card_it_does_not_load(on_cards: horq_tvm.CompiledModel) -> No
         )
 
 
+@pytest.mark.slow
 def test_the_same_build_gives_the_same_bytes() -> None:
     nvcc.found()
     first, second = build("cuda-sm86"), build("cuda-sm86")
@@ -146,6 +163,7 @@ def test_an_arm_host_is_linked_by_its_compiler() -> None:
             compiled.load()
 
 
+@pytest.mark.slow
 def test_a_library_with_source_in_it_is_never_written(tmp_path: Path) -> None:
     """What TVM does where its CUDA runtime is missing, in a process that does not load it."""
     nvcc.found()
