@@ -1,0 +1,235 @@
+"""Vectors that reach past the last channel: their loads and stores are masked.
+
+TVM writes a vector loop with a condition on its lanes, `for v in vectorized(16): if 16·f + v < 63: ...`, as 16 scalar
+steps, of every vector: where lanes do not divide channels a kernel was 10 to 90 times slower than where they do. Here
+the loop over the vectors loses its last turn to a copy of its body, in which what does not fit is known, the condition
+goes, and what the vector's statements read and write of the kernel's operands becomes `llvm.masked.load` and
+`llvm.masked.store`: one instruction each with AVX-512 and AVX, lane by lane without, which is what there was before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import s_tir, sym, tirx
+from tvm.ir import Call, TensorLoad
+
+TAIL = "horq.tail"  # an AttrStmt around a vector: how many of its lanes there are
+
+
+def mask_tails(mod: tvm.IRModule) -> tvm.IRModule:
+    """The kernels that have vectors with conditions on their lanes, lowered as far as vectors go, those masked."""
+    conditional = {gvar: func for gvar, func in mod.functions_items() if _has_tail(func)}
+    if not conditional:
+        return mod
+    lowered = tvm.ir.transform.Sequential(_flattening())(tvm.IRModule(conditional))
+    lowered = _each(lowered, _peel)
+    lowered = s_tir.transform.StmtSimplify()(lowered)
+    lowered = _each(lowered, _mark)
+    lowered = tirx.transform.VectorizeLoop(True)(lowered)
+    lowered = tirx.transform.ConvertSSA()(_each(lowered, _mask))  # a copied body allocates what is its own
+    rest = {gvar: func for gvar, func in mod.functions_items() if gvar not in conditional}
+    return tvm.IRModule({**rest, **dict(lowered.functions_items())}, attrs=mod.attrs)
+
+
+def _flattening() -> list[tvm.transform.Pass]:
+    """What TVM's own pipeline does to a kernel of a CPU between its blocks and its vectors."""
+    return [
+        s_tir.transform.CompactBufferAllocation(),
+        s_tir.transform.LowerMatchBuffer(),
+        s_tir.transform.StmtSimplify(),
+        s_tir.transform.LowerOpaqueBlock(),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.NarrowDataType(32),
+        s_tir.transform.LoopPartition(),
+    ]
+
+
+def _each(mod: tvm.IRModule, change: Any) -> tvm.IRModule:
+    return tvm.IRModule({gvar: change(func) for gvar, func in mod.functions_items()}, attrs=mod.attrs)
+
+
+def _uses(expr: tirx.Expr, var: tirx.Var) -> bool:
+    found: list[bool] = []
+    tvm_ffi.structural_walk(expr, (tirx.Var, lambda v: found.append(v.same_as(var))))
+    return any(found)
+
+
+def _is_vector(loop: tirx.For) -> bool:
+    return int(loop.kind) == tirx.ForKind.VECTORIZED
+
+
+def _has_tail(func: tirx.PrimFunc) -> bool:
+    """Whether a block inside a vectorised loop has a condition on that loop."""
+    found: list[bool] = []
+
+    def look(loop: tirx.For) -> None:
+        if _is_vector(loop):
+            conditions: list[tirx.Expr] = []
+            tvm_ffi.structural_walk(loop.body, (s_tir.SBlockRealize, lambda b: conditions.append(b.predicate)))
+            found.extend(_uses(condition, loop.loop_var) for condition in conditions)
+
+    tvm_ffi.structural_walk(func.body, (tirx.For, look))
+    return any(found)
+
+
+def _lanes_left(loop: tirx.For) -> tuple[tirx.Expr, list[tirx.Expr]] | None:
+    """Of a vectorised loop around one condition: how many of its lanes that lets through, and the rest of it."""
+    if not _is_vector(loop) or not isinstance(loop.body, tirx.IfThenElse) or loop.body.else_case is not None:
+        return None
+    terms, rest, limits = _terms(loop.body.condition), [], []
+    for term in terms:
+        if not _uses(term, loop.loop_var):
+            rest.append(term)
+            continue
+        if not isinstance(term, tirx.LT) or _uses(term.b, loop.loop_var):
+            return None
+        analyzer = sym.Analyzer()
+        base = _replace(term.a, loop.loop_var, tirx.const(0, str(loop.loop_var.ty.dtype)))
+        if not analyzer.can_prove_equal(term.a - base, loop.loop_var):
+            return None
+        limits.append(analyzer.simplify(term.b - base))
+    return (limits[0], rest) if len(limits) == 1 else None
+
+
+def _terms(condition: tirx.Expr) -> list[tirx.Expr]:
+    if isinstance(condition, Call) and str(condition.op.name).endswith("likely"):
+        return _terms(condition.args[0])
+    if isinstance(condition, tirx.And):
+        return [*_terms(condition.a), *_terms(condition.b)]
+    return [condition]
+
+
+def _replace(node: Any, var: tirx.Var, value: tirx.Expr) -> Any:
+    return tvm_ffi.structural_map(node, (tirx.Var, lambda v: value if v.same_as(var) else v))
+
+
+def _peel(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Each serial loop that a vector's condition depends on: all turns but the last, and the last."""
+
+    def visit(loop: tirx.For, mutator: Any) -> tirx.Stmt:
+        loop = mutator.default_mutate(loop)
+        if int(loop.kind) != tirx.ForKind.SERIAL or not isinstance(loop.extent, tirx.IntImm) or int(loop.extent) < 2:
+            return loop
+        limits: list[tirx.Expr] = []
+
+        def look(inner: tirx.For) -> None:
+            if found := _lanes_left(inner):
+                limits.append(found[0])
+
+        tvm_ffi.structural_walk(loop.body, (tirx.For, look))
+        if not any(_uses(limit, loop.loop_var) for limit in limits):
+            return loop
+        last = tirx.const(int(loop.extent) - 1, str(loop.loop_var.ty.dtype))
+        but_last = tirx.For(loop.loop_var, loop.min, last, loop.kind, loop.body, annotations=loop.annotations)
+        return tirx.SeqStmt([but_last, _replace(loop.body, loop.loop_var, last)])
+
+    return func.with_body(tvm_ffi.structural_mutate(func.body, (tirx.For, visit)))
+
+
+def _mark(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The conditions on lanes become marks around their vectors."""
+
+    def visit(loop: tirx.For, mutator: Any) -> tirx.Stmt:
+        found = _lanes_left(loop)
+        if found is None or not _side_by_side(loop):
+            return mutator.default_mutate(loop)
+        limit, rest = found
+        if isinstance(limit, tirx.IntImm) and int(limit) == 1:
+            return _replace(loop.body, loop.loop_var, loop.min)  # TVM has put 0 for the lane, and no vector is left
+        vector = tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, loop.body.then_case)
+        marked: tirx.Stmt = tirx.AttrStmt(loop.loop_var, TAIL, limit, vector)
+        for term in rest:
+            marked = tirx.IfThenElse(term, marked, None)
+        return marked
+
+    return func.with_body(tvm_ffi.structural_mutate(func.body, (tirx.For, visit)))
+
+
+def _side_by_side(loop: tirx.For) -> bool:
+    """Whether a mask fits: stores are to elements side by side, loads too, or from one element for all lanes."""
+    indices: list[tuple[tirx.Expr, bool]] = []
+    buffers: list[tirx.Buffer] = []
+
+    def look(access: Any) -> None:
+        indices.extend((index, isinstance(access, tirx.BufferStore)) for index in access.indices)
+        buffers.append(access.source if isinstance(access, TensorLoad) else access.buffer)
+
+    tvm_ffi.structural_walk(loop.body.then_case, ((TensorLoad, look), (tirx.BufferStore, look)))
+    if any(str(buffer.dtype) == "bool" for buffer in buffers):
+        return False  # a byte in memory, a bit in a vector
+    next_lane = loop.loop_var + tirx.const(1, str(loop.loop_var.ty.dtype))
+    analyzer = sym.Analyzer()
+
+    def step_is(index: tirx.Expr, stride: int) -> bool:
+        return bool(analyzer.can_prove_equal(_replace(index, loop.loop_var, next_lane) - index, stride))
+
+    return all(step_is(i, 1) or (not stored and step_is(i, 0)) for i, stored in indices)
+
+
+def _mask(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The marks go, and what is inside of them reads and writes no more than there is."""
+    own = _allocated(func)
+
+    def visit(mark: tirx.AttrStmt, mutator: Any) -> tirx.Stmt:
+        if mark.attr_key != TAIL:
+            return mutator.default_mutate(mark)
+        masked = (
+            (TensorLoad, lambda load: _masked_load(load, mark.value, own)),
+            (tirx.BufferStore, lambda store: _masked_store(store, mark.value, own)),
+        )
+        return tvm_ffi.structural_map(mark.body, masked)
+
+    return func.with_body(tvm_ffi.structural_mutate(func.body, (tirx.AttrStmt, visit)))
+
+
+def _allocated(func: tirx.PrimFunc) -> list[tirx.Buffer]:
+    """The memory that is the kernel's own."""
+    found: list[tirx.Buffer] = []
+    tvm_ffi.structural_walk(func.body, (tirx.AllocBuffer, lambda alloc: found.append(alloc.buffer)))
+    return found
+
+
+def _span(access: Any, buffer: tirx.Buffer, own: list[tirx.Buffer]) -> tuple[tirx.Expr, int] | None:
+    """First index and lanes of an access that has to be masked; None for a scalar, and where whole vectors have room.
+
+    A mask would keep an accumulator from staying in a register.
+    """
+    (index,) = access.indices
+    if not isinstance(index, tirx.Ramp):
+        return None
+    lanes = int(index.lanes)
+    if any(buffer.same_as(memory) for memory in own) and int(buffer.shape[0]) % lanes == 0:
+        aligned = sym.Analyzer().modular_set(index.base)
+        if int(aligned.coeff) % lanes == 0 and int(aligned.base) % lanes == 0:
+            return None
+    return index.base, lanes
+
+
+def _mask_of(limit: tirx.Expr, lanes: int) -> tirx.Expr:
+    dtype = str(limit.ty.dtype)
+    return tirx.Ramp(tirx.const(0, dtype), tirx.const(1, dtype), lanes) < tirx.Broadcast(limit, lanes)
+
+
+def _masked_load(load: TensorLoad, limit: tirx.Expr, own: list[tirx.Buffer]) -> tirx.Expr:
+    span = _span(load, load.source, own)
+    if span is None:
+        return load
+    first, lanes = span
+    dtype = str(load.source.dtype)
+    address = tirx.address_of(tirx.BufferLoad(load.source, [first]))
+    nothing = tirx.Broadcast(tirx.const(0, dtype), lanes)
+    mask = _mask_of(limit, lanes)
+    return tirx.call_llvm_pure_intrin(f"{dtype}x{lanes}", "llvm.masked.load", address, mask, nothing)
+
+
+def _masked_store(store: tirx.BufferStore, limit: tirx.Expr, own: list[tirx.Buffer]) -> tirx.Stmt:
+    span = _span(store, store.buffer, own)
+    if span is None:
+        return store
+    first, lanes = span
+    address = tirx.address_of(tirx.BufferLoad(store.buffer, [first]))
+    call = tirx.call_llvm_intrin("void", "llvm.masked.store", store.value, address, _mask_of(limit, lanes))
+    return tirx.Evaluate(call)

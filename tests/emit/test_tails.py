@@ -1,0 +1,108 @@
+"""Vectors that reach past the last channel: the numbers, and that nothing beyond an operand's end is touched."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tvm")
+
+import tvm
+from tvm import s_tir, te
+
+from horq_tvm import targets
+from horq_tvm.emit.kernels import compile_kernels
+from horq_tvm.emit.tails import mask_tails
+
+ROWS = 16  # of any number of floats take whole cache lines, which kernels expect operands to begin with
+PAGE = mmap.PAGESIZE
+
+
+def affine(channels: int, lanes: int, rolled: bool = True) -> tvm.tirx.PrimFunc:
+    """y[r, c] = x[r, c]·w[c] + 1 with vectors of `lanes` channels, the loop over them as it is or unrolled."""
+    x, w = te.placeholder((ROWS, channels), name="x"), te.placeholder((channels,), name="w")
+    y = te.compute((ROWS, channels), lambda r, c: x[r, c] * w[c] + te.const(1, "float32"), name="y")
+    sch = s_tir.Schedule(te.create_prim_func([x, w, y]))
+    _, c = sch.get_loops(sch.get_sblock("y"))
+    co, cv = sch.split(c, [None, lanes])
+    sch.vectorize(cv)
+    if not rolled:
+        sch.unroll(co)
+    (func,) = sch.mod.functions.values()
+    return func
+
+
+def load(func: tvm.tirx.PrimFunc, folder: Path) -> tvm.runtime.Module:
+    obj, out = folder / "k.o", folder / "k.so"
+    compile_kernels(tvm.IRModule({"k": func}), {"k": "k"}, targets.resolve("native").tvm_target(), obj)
+    subprocess.run(["gcc", "-shared", "-nostdlib", "-o", str(out), str(obj), "-lm"], check=True)
+    return tvm.runtime.load_module(str(out))
+
+
+def before_a_wall(array: np.ndarray) -> np.ndarray:
+    """A copy whose last byte is the last one that may be touched."""
+    pages = -(-array.nbytes // PAGE)
+    memory = mmap.mmap(-1, (pages + 1) * PAGE)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(begin + pages * PAGE), PAGE, 0) == 0
+    offset = pages * PAGE - array.nbytes
+    copy = np.frombuffer(memory, array.dtype, array.size, offset).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+@pytest.mark.parametrize("rolled", [True, False])
+@pytest.mark.parametrize(("channels", "lanes"), [(13, 16), (29, 8), (33, 16), (63, 16)])
+def test_numbers_up_to_the_last_channel(channels: int, lanes: int, rolled: bool, tmp_path: Path) -> None:
+    kernel = load(affine(channels, lanes, rolled), tmp_path)
+    rng = np.random.default_rng(0)
+    x, w = (rng.integers(-9, 9, shape).astype("float32") for shape in ((ROWS, channels), (channels,)))
+    y = np.full(ROWS * channels + 16, 7, "float32")
+    out = tvm.runtime.tensor(y[: ROWS * channels].reshape(ROWS, channels))
+    kernel["k"](tvm.runtime.tensor(x), tvm.runtime.tensor(w), out)
+    np.testing.assert_array_equal(out.numpy(), x * w + 1)
+
+
+CRASHES = """
+import sys
+from pathlib import Path
+import numpy as np
+import tvm, tvm_ffi
+from tests.emit.test_tails import ROWS, before_a_wall, affine, load
+channels = 29
+kernel = load(affine(channels, 16), Path(sys.argv[1]))
+x, y = (before_a_wall(np.ones((ROWS, channels), "float32")) for _ in range(2))
+kernel["k"](tvm_ffi.from_dlpack(x), tvm.runtime.tensor(np.ones(channels, "float32")), tvm_ffi.from_dlpack(y))
+assert (y == 2).all()
+"""
+
+
+def test_nothing_beyond_an_operand_is_touched(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", CRASHES, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_tail_is_masked_and_whole_vectors_are_not() -> None:
+    def text(channels: int) -> str:
+        return str(mask_tails(_plain(affine(channels, 16))).script())
+
+    assert text(48).count("llvm.masked") == 0
+    assert text(45).count("llvm.masked") == 3  # x, w and y, of the last vector alone
+    assert "if " not in text(45)
+
+
+def _plain(func: tvm.tirx.PrimFunc) -> tvm.IRModule:
+    from horq_tvm.emit.kernels import with_plain_indices
+
+    return with_plain_indices(tvm.IRModule({"k": func.with_attr("global_symbol", "k")}))
+
+
+def test_kernels_without_tails_are_left_as_they_are() -> None:
+    module = _plain(affine(48, 16))
+    assert mask_tails(module).same_as(module)
