@@ -18,7 +18,7 @@ from horq_tvm.export import to_onnx
 from horq_tvm.nn import HorqLayer
 from horq_tvm.specs import Scale, TensorSpec
 
-from . import real
+from . import odd, real
 
 ACTIVATIONS = ("signed", "relu")
 TWINS = ("deployed", "same")
@@ -27,7 +27,7 @@ CALIBRATION_BATCHES = 4
 IMAGE = "image"
 
 ZOO = ("resnet18", "vgg_small", "resnet20", "quicknet")
-NAMES = (*ZOO, real.NSFW, real.EFFICIENTNET, *real.light_names())
+NAMES = (*ZOO, odd.NAME, real.NSFW, real.EFFICIENTNET, *real.light_names())
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -75,7 +75,7 @@ def find(name: str, batch: int, activations: Iterable[str], twin: str, folder: P
         UsageError: no such network.
         HorqError: it cannot be fetched.
     """
-    if name in ZOO:
+    if name in (*ZOO, odd.NAME):
         return [ZooNetwork(name, batch, activation, twin, folder) for activation in activations]
     if (path := real.find(name, batch, folder)) is not None:
         return [FloatFile(name, path, batch, folder)]
@@ -84,9 +84,25 @@ def find(name: str, batch: int, activations: Iterable[str], twin: str, folder: P
     raise UsageError(f"network {name!r}; accepted: {', '.join(NAMES)}, or an .onnx file that exists")
 
 
+def architecture(name: str) -> zoo.Architecture:
+    """Of a network of the zoo, or the one that is none of its."""
+    return odd.ARCHITECTURE if name == odd.NAME else zoo.architecture(name)
+
+
+def built(name: str, order: zoo.Order, scale: Scale) -> nn.Module:
+    """The network, untrained; "float" has no scale."""
+    found = architecture(name)
+    return found.make(zoo.Layers(order, scale), found.classes)
+
+
+def images(name: str, count: int) -> torch.Tensor:
+    """Seeded normal images [N,C,H,W]."""
+    return torch.randn(count, *architecture(name).image, generator=torch.Generator().manual_seed(0))
+
+
 @dataclass(frozen=True)
 class ZooNetwork:
-    """A network of `horq_tvm.zoo`, weights drawn at random, batch statistics and β those of one seeded batch.
+    """A network of `horq_tvm.zoo` or `odd`, weights drawn at random, batch statistics and β those of a seeded batch.
 
     With activation "relu" a ReLU stands before every HORQ layer, whose first plane is then all +1.
     """
@@ -101,7 +117,7 @@ class ZooNetwork:
     @property
     def shapes(self) -> Shapes:
         """One image input."""
-        return {IMAGE: (self.batch, *zoo.architecture(self.name).image)}
+        return {IMAGE: (self.batch, *architecture(self.name).image)}
 
     def horq(self, order: int, scale: Scale) -> Path:
         """With a HORQ node for each HORQ layer."""
@@ -115,16 +131,14 @@ class ZooNetwork:
         """The same convolutions in float, "deployed" as one would who never meant to binarise them, or the "same"."""
         if self.twin_form == "same":
             return self._exported("same", lambda: self._network("float", "static"))
-        return self._exported("deployed", lambda: deployed(zoo.build(self.name, "float"), self._inner()))
+        return self._exported("deployed", lambda: deployed(built(self.name, "float", "static"), self._inner()))
 
     def _inner(self) -> tuple[str, ...]:
         """Names of the layers that are binary in the HORQ form."""
-        return tuple(
-            n for n, layer in zoo.build(self.name, 1, "sample").named_modules() if isinstance(layer, HorqLayer)
-        )
+        return tuple(n for n, layer in built(self.name, 1, "sample").named_modules() if isinstance(layer, HorqLayer))
 
     def _network(self, order: zoo.Order, scale: Scale) -> nn.Module:
-        network = zoo.build(self.name, order, scale)
+        network = built(self.name, order, scale)
         if self.activation == "relu":
             for name in self._inner():
                 network.set_submodule(name, nn.Sequential(nn.ReLU(), network.get_submodule(name)))
@@ -136,9 +150,9 @@ class ZooNetwork:
             torch.manual_seed(0)
             network = make().train()
             with torch.no_grad():
-                network(zoo.example(self.name, STATISTICS_BATCH))
+                network(images(self.name, STATISTICS_BATCH))
             path = self.folder / f"{self.name}-{self.activation}-{form}-{self.batch}.onnx"
-            to_onnx(network.eval(), zoo.example(self.name, self.batch), path, [IMAGE], ["scores"])
+            to_onnx(network.eval(), images(self.name, self.batch), path, [IMAGE], ["scores"])
             self.made[form] = path
         return self.made[form]
 
