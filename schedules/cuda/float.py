@@ -22,9 +22,9 @@ from horq_tvm.schedules.decisions import Decide, by_default
 from horq_tvm.targets import Target
 
 from .planes import on_warps
+from .tile import Card
 
 DEPTH = 16  # of k, in shared memory at a time
-PROCESSORS = 82  # of an RTX 3090; what is built holds one form for cards of 16 to 132
 FEW_PIXELS = 8  # under which tiles would be empty for the most part
 THREADS = 256
 SIDE, SHARES = 16, 16  # threads of a block that share out sums: results × parts of each
@@ -89,20 +89,20 @@ class Gemm:
         return self.channels // self.weight[0]
 
 
-def choose(gemm: Gemm) -> Tile:
-    """The tile with the fewest multiply-accumulates on the busiest processor, those of small tiles costing more.
+def choose(gemm: Gemm, card: Card) -> Tile:
+    """The tile with the fewest multiply-accumulates on the busiest multiprocessor, those of small tiles costing more.
 
     A step of k loads tm + tn values from shared memory for tm·tn products.
     """
 
     def cost(tile: Tile) -> float:
         blocks_of_threads = ceil(gemm.pixels / tile.bm) * ceil(gemm.filters / tile.bn) * gemm.weight[0]
-        return ceil(blocks_of_threads / PROCESSORS) * tile.bm * tile.bn * (1 + 1 / tile.tm + 1 / tile.tn)
+        return ceil(blocks_of_threads / card.multiprocessors) * tile.bm * tile.bn * (1 + 1 / tile.tm + 1 / tile.tn)
 
     return min(TILES, key=cost)
 
 
-def legalize(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+def legalize(builder: BlockBuilder, call: relax.Call, card: Card) -> relax.Expr:
     """`horq.packed_conv2d`, and thereby dense layers."""
     x, weight = call.args
     spec = Gemm(shape_of(x), shape_of(weight), Geometry.of(call.attrs), int(call.attrs["channels"]))
@@ -110,12 +110,12 @@ def legalize(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
         return builder.call_te(
             lambda a, b: direct.conv2d(a, b, spec.geometry, spec.channels), x, weight, primfunc_name_hint="conv2d"
         )
-    return builder.call_te(lambda a, b: conv2d(spec, a, b), x, weight, primfunc_name_hint="conv2d")
+    return builder.call_te(lambda a, b: conv2d(spec, choose(spec, card), a, b), x, weight, primfunc_name_hint="conv2d")
 
 
-def conv2d(spec: Gemm, x: te.Tensor, weight: te.Tensor) -> te.Tensor:
+def conv2d(spec: Gemm, tile: Tile, x: te.Tensor, weight: te.Tensor) -> te.Tensor:
     """→ float32 [N,HO,WO,F]."""
-    tile, (height, width) = choose(spec), spec.output
+    height, width = spec.output
     groups, _, _, kw, inner, lanes = spec.weight
     (sy, sx), (dy, dx) = spec.geometry.strides, spec.geometry.dilation
     pixels, filters = (ceil(n / step) * step for n, step in ((spec.pixels, tile.bm), (spec.filters, tile.bn)))

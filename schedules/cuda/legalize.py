@@ -77,7 +77,6 @@ def _pad(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
 
 LEGALIZE: Mapping[str, Legalize] = {
     **CPU,
-    "horq.packed_conv2d": floats.legalize,
     "horq.binarize": _binarize,
     "horq.scales": _scales,
     "horq.patch": _patch,
@@ -95,4 +94,7 @@ def algorithms(target: Target) -> Mapping[str, Legalize]:
             return CPU["horq.packed_bitserial"](builder, call)
         return bitserial.legalize(builder, call, card)
 
-    return {**LEGALIZE, "horq.packed_bitserial": packed_bitserial}
+    def packed_conv2d(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+        return floats.legalize(builder, call, card)
+
+    return {**LEGALIZE, "horq.packed_bitserial": packed_bitserial, "horq.packed_conv2d": packed_conv2d}

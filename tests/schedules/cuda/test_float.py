@@ -19,11 +19,13 @@ from horq_tvm.cuda import fatbin
 from horq_tvm.ops import Geometry
 from horq_tvm.schedules import conv2d as direct
 from horq_tvm.schedules.cuda import float as floats
+from horq_tvm.schedules.cuda.tile import Card
 from tests.cuda import nvcc
 from tests.schedules.cuda import pocl
 
 Array = NDArray[Any]
 CUDA = targets.resolve("cuda")
+CARD = Card.of(CUDA)
 
 
 def conv(
@@ -68,12 +70,12 @@ def scheduled(rule: Any, inputs: Sequence[te.Tensor], output: te.Tensor) -> tvm.
     return func.with_attr("global_symbol", "f0")
 
 
-def kernel(spec: floats.Gemm) -> tvm.tirx.PrimFunc:
+def kernel(spec: floats.Gemm, tile: floats.Tile | None = None) -> tvm.tirx.PrimFunc:
     """relu(conv + bias)."""
     x, weight, bias = (
         te.placeholder(shape, name=n) for shape, n in ((spec.x, "x"), (spec.weight, "w"), ((spec.channels,), "b"))
     )
-    y = floats.conv2d(spec, x, weight)
+    y = floats.conv2d(spec, tile or floats.choose(spec, CARD), x, weight)
     return scheduled(
         floats.tiles, [x, weight, bias], te.compute(y.shape, lambda n, h, v, f: te.max(y[n, h, v, f] + bias[f], 0.0))
     )
@@ -111,12 +113,12 @@ def test_a_convolution_and_its_epilogue_are_one_launch(spec: floats.Gemm) -> Non
 
 
 def test_every_tile_is_taken_by_some_layer() -> None:
-    taken = {floats.choose(spec) for spec in (*CONVS, *LARGE)}
-    assert len(taken) > 4
-    assert (
-        floats.choose(LARGE[1]).bm * floats.choose(LARGE[1]).bn
-        > floats.choose(CONVS[6]).bm * floats.choose(CONVS[6]).bn
-    )
+    taken = {floats.choose(spec, CARD) for spec in (*CONVS, *LARGE)}
+    assert len(taken) > 3
+    orin, h100 = (floats.choose(CONVS[6], Card.of(targets.resolve(name))) for name in ("cuda-sm87", "cuda-sm90"))
+    assert orin.bm * orin.bn > h100.bm * h100.bn
+    few, many = floats.choose(CONVS[6], CARD), floats.choose(LARGE[1], CARD)
+    assert few.bm * few.bn < many.bm * many.bn
 
 
 def test_without_barriers_a_convolution_is_wrong() -> None:
@@ -200,10 +202,9 @@ def test_what_is_no_reduction_is_left_to_others(rule: Any) -> None:
 
 
 @pytest.mark.parametrize("tile", floats.TILES, ids=str)
-def test_no_tile_spills(tile: floats.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tile_spills(tile: floats.Tile) -> None:
     found = nvcc.found()
-    monkeypatch.setattr(floats, "choose", lambda _spec: tile)
-    func = kernel(conv((1, 30, 30), 64, 64))
+    func = kernel(conv((1, 30, 30), 64, 64), tile)
     host = {"kind": "llvm"}
     built = tvm.compile(tvm.IRModule({"f0": func}), tvm.target.Target({"kind": "cuda", "arch": "sm_75"}, host=host))
     made = fatbin.compile_source(built.mod.imports[0].inspect_source(), CUDA.archs, found, CUDA.shared_bytes)
