@@ -75,11 +75,15 @@ def _compared(made: Sequence[CompiledModel], feeds: Any, work: Any, peaks: Peaks
         probes.append(block_probe(label, partial(model, **aligned)))
         probes.append(steps_probe(label, model, feeds))
     samples = alternate(probes, budget)
-    floor = sum(floors_ms(work.values(), peaks.rates(samples)).values())
+    rates = peaks.rates(samples)
+    floor = sum(floors_ms(work.values(), rates).values())
     found: Record = {f"{label}_ms": statistics.median(samples[label]) / 1e6 for label in models}
     found |= {"over_default": ratio(samples["tuned"], samples["default"]), "floor_ms": floor}
     found["rounds"] = len(samples["default"])
-    found["layers"] = list(_layers(models, samples, aligned))
+    found["layers"] = [
+        {**layer, "floor_us": work[layer["layer"]].floor_ms(rates) * 1e3 if layer["layer"] in work else None}
+        for layer in _layers(models, samples, aligned)
+    ]
     return found
 
 
@@ -93,6 +97,7 @@ def _layers(models: dict[str, LoadedModel], samples: dict[str, list[float]], fee
         layer = step.name.partition(" ")[2]
         yield {
             "step": step.name,
+            "layer": layer,
             "schedule": tuned.get(layer),
             "default_us": statistics.median(before) / 1e3,
             "tuned_us": statistics.median(after) / 1e3,
@@ -144,10 +149,12 @@ def describe(records: Sequence[Record]) -> str:
     for r in records:
         steps = [
             (s["step"], s["schedule"], f"{s['default_us']:.1f}", f"{s['tuned_us']:.1f}", f"{s['over_default']:.3f}")
+            + ((f"{s['floor_us']:.1f}", f"{s['tuned_us'] / s['floor_us']:.2f}") if s["floor_us"] else (None, None))
             for s in sorted(r["layers"], key=lambda s: -s["default_us"])
         ]
         title = f"{r['network']} K={r['order']} {r['target']}, {r['rounds']} rounds"
-        parts.append(f"{title}\n{table(('step', 'schedule', 'default us', 'tuned us', 'tuned / default'), steps)}")
+        names = ("step", "schedule", "default us", "tuned us", "tuned / default", "arithmetic us", "tuned / arithmetic")
+        parts.append(f"{title}\n{table(names, steps)}")
     return "\n\n".join(parts)
 
 

@@ -32,11 +32,21 @@ def test_a_missing_database_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_the_report_has_the_ratios_and_the_heaviest_step_first() -> None:
     layers = [
-        {"step": name, "schedule": "tuned", "default_us": us, "tuned_us": us / 2, "over_default": 0.5}
-        for name, us in (("pad", 1.0), ("conv", 9.0))
+        {
+            "step": name,
+            "schedule": "tuned",
+            "default_us": us,
+            "tuned_us": us / 2,
+            "over_default": 0.5,
+            "floor_us": floor,
+        }
+        for name, us, floor in (("pad", 1.0, None), ("conv", 9.0, 3.0))
     ]
     record = {"network": "n", "order": 1, "target": "t", "rounds": 9, "default_ms": 2.0, "tuned_ms": 1.0}
     text = tuning.describe([{**record, "over_default": 0.5, "floor_ms": 0.8, "layers": layers}])
     assert "0.500" in text
     assert "1.25" in text
     assert text.index("conv") < text.index("pad ")
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith(("conv", "pad"))}
+    assert rows["conv"][-2:] == ["3.0", "1.50"]
+    assert rows["pad"][-2:] == ["-", "-"]
