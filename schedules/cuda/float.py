@@ -25,6 +25,7 @@ from .planes import on_warps
 from .tile import Card
 
 DEPTH = 16  # of k, in shared memory at a time
+ALONE = 1.5  # times longer, a guess
 FEW_PIXELS = 8  # under which tiles would be empty for the most part
 THREADS = 256
 SIDE, SHARES = 16, 16  # threads of a block that share out sums: results × parts of each
@@ -92,12 +93,15 @@ class Gemm:
 def choose(gemm: Gemm, card: Card) -> Tile:
     """The tile with the fewest multiply-accumulates on the busiest multiprocessor, those of small tiles costing more.
 
-    A step of k loads tm + tn values from shared memory for tm·tn products.
+    A step of k loads tm + tn values from shared memory for tm·tn products. Where a block is alone on its
+    multiprocessor, nothing is computed while it waits for memory.
     """
 
     def cost(tile: Tile) -> float:
         blocks_of_threads = ceil(gemm.pixels / tile.bm) * ceil(gemm.filters / tile.bn) * gemm.weight[0]
-        return ceil(blocks_of_threads / card.multiprocessors) * tile.bm * tile.bn * (1 + 1 / tile.tm + 1 / tile.tn)
+        turns = ceil(blocks_of_threads / card.multiprocessors)
+        waits = ALONE if turns == 1 else 1
+        return turns * waits * tile.bm * tile.bn * (1 + 1 / tile.tm + 1 / tile.tn)
 
     return min(TILES, key=cost)
 
