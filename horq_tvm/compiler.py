@@ -30,7 +30,7 @@ from .runtime.loader import LoadedModel, load
 from .schedules import int8
 from .specs import EMITS, RESTS, Emit, LayerConfig, Rest, TensorSpec
 from .straightline import fields_of, read_main
-from .tuning.database import Database, user_database
+from .tuning.database import Database, shipped_database, user_database
 from .tuning.lookup import Lookup
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def build(
         rest: arithmetic of the layers that stay unbinarised, "float32" or "int8": weights a filter, activations a
             layer, their ranges from the calibration data, else from 8 seeded random inputs.
         taps: layers whose input, β, planes and output become outputs of the library.
-        database: what `tune` found, by default the folder `tuning` of the user's cache where there is one.
+        database: what `tune` found, by default the folder `tuning` of the user's cache where there is one, and behind
+            it, for kernels that it knows nothing of, the small database of the package.
         emit: "standalone", a library that needs libc alone, or "tvm", one for TVM's runtime; unless given, what the
             target can have: for a card "tvm".
         progress: called with what is being done.
@@ -117,7 +118,7 @@ def build(
         raise UsageError(f"taps: found the text {taps!r}; accepted: a list of layer names")
     resolved = _resolved(target)
     form = _form(emit, resolved)
-    lookup = Lookup(_database(database), resolved)
+    lookup = _lookup(database, resolved)
     session = _open(model, resolved, example_inputs, input_shapes, calibration, rest, progress, form=form)
     choices = session.choose(plan, order, scale)
     _check_taps(taps, choices)
@@ -159,15 +160,17 @@ def _resolved(target: str | targets.Target) -> targets.Target:
     return target if isinstance(target, targets.Target) else targets.resolve(target)
 
 
-def _database(folder: str | Path | None) -> Database | None:
-    """The database to build with: `folder`, else that of the user's cache, which a fault in it puts out of use."""
+def _lookup(folder: str | Path | None, target: targets.Target) -> Lookup:
+    """The databases to build with: `folder` alone, else that of the user's cache (out of use with a fault in its
+    format) and behind it the package's."""
     if folder is not None:
-        return Database.open(folder)
+        return Lookup(Database.open(folder), target)
+    own = None
     try:
-        return user_database()
+        own = user_database()
     except HorqError as error:
         warnings.warn(f"built without the tuning database of the cache: {error}", stacklevel=3)
-        return None
+    return Lookup(own, target, shipped_database())
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def test_wheel_holds_horq_tvm_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     assert tops == {"horq_tvm", f"horq_tvm-{PROJECT['version']}.dist-info"}
     installed = {Path(name) for name in wheel.namelist()}
     python = ("horq_tvm/**/*.py", "relay_passes/*.py", "schedules/**/*.py")
-    for pattern in (*python, "horq_tvm/runtime/*.[ch]", "schedules/cuda/*.cuh"):
+    shipped = "horq_tvm/tuning/shipped/**/*.json*"
+    for pattern in (*python, shipped, "horq_tvm/runtime/*.[ch]", "schedules/cuda/*.cuh"):
         sources = list(ROOT.glob(pattern))
         assert sources, pattern
         for source in sources:

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from horq_tvm import extras
-from horq_tvm.cli import bench, build, inspect, run, targets, tune
+from horq_tvm.cli import bench, build, inspect, merge, run, targets, tune
 from horq_tvm.cli.options import Parser
 from horq_tvm.cli.show import version
 from horq_tvm.errors import HorqError, UsageError
 
-VERBS = (build, run, tune, bench, inspect, targets)
+VERBS = (build, run, tune, merge, bench, inspect, targets)
 
 DESCRIPTION = "Compile a CNN to a shared library whose convolutions are XOR and popcount (HORQ)."
 EPILOG = "Exit codes: 0 done; 1 the work failed; 2 the call was mistaken. Each verb has its own --help."

@@ -5,11 +5,13 @@
     DIR/<target>/<workload>.jsonl   one record a line, only ever appended to
 
 A record is written by one `write` under a lock of its file, so tuners may share a folder and a kill leaves whole lines.
-Folders are merged by putting the lines of one behind those of the other. Nothing here needs the compiler.
+Folders are merged by putting the lines of one behind those of the other. The package has a folder of its own,
+`shipped`, with the picks of devices that were at hand (`Database.ship`). Nothing here needs the compiler.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -28,6 +30,7 @@ from horq_tvm.targets import Target
 VERSION = 1
 FORMAT = {"format": "horq-tvm tuning database", "version": VERSION}
 FORMAT_FILE, TARGET_FILE, SUFFIX = "format.json", "target.json", ".jsonl"
+SHIPPED = Path(__file__).parent / "shipped"
 Kind = Literal["measurement", "confirmation"]
 
 
@@ -84,6 +87,14 @@ class Best:
 
     measurements: int = 0
     decisions: Mapping[str, int | str] | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """How many records, of how many kernels (a kernel counts once a target)."""
+
+    records: int
+    kernels: int
 
 
 def median(values: tuple[float, ...]) -> float:
@@ -154,31 +165,66 @@ class Database:
         """The last confirmation decides: its pick where it was faster than the default."""
         found = self.records(target, workload)
         measured = sum(record.kind == "measurement" for record in found)
-        confirmed = [record for record in found if record.kind == "confirmation"]
-        return Best(measured, confirmed[-1].decisions if confirmed and confirmed[-1].used else None)
+        confirmed = _last_confirmation(found)
+        return Best(measured, confirmed.decisions if confirmed and confirmed.used else None)
 
-    def merge(self, other: Database) -> int:
-        """Takes over what `other` has and this one lacks, line by line; how many lines. Both are read first, whole."""
-        added = 0
-        sources = sorted(other.folder.glob(f"*/*{SUFFIX}"))
-        for path in sources:
-            for known in (path, self.folder / path.relative_to(other.folder)):
-                if known.exists():
-                    list(_read(known))
-        for path in sources:
+    def check(self) -> None:
+        """Reads every line. HorqError names the first that is no record, or a target's description that is no JSON."""
+        for path in self._files():
+            for _ in _read(path):
+                pass
+            _description(path.parent)
+
+    def merge(self, other: Database) -> Merged:
+        """Takes over what `other` has and this one lacks, line by line; where both confirmed a pick, `other`'s counts.
+
+        Raises:
+            HorqError: a line of either is no record, found before anything is written; or a file cannot be written,
+                which is then left as it was. A merge that was stopped half-way is completed by merging again.
+        """
+        other.check()
+        for path in other._files():
+            if (known := self.folder / path.relative_to(other.folder)).exists():
+                list(_read(known))
+        added = []
+        for path in other._files():
             own = self.folder / path.relative_to(other.folder)
+            try:
+                own.parent.mkdir(exist_ok=True)
+                described = _description(path.parent)
+                if described is not None and not (own.parent / TARGET_FILE).exists():
+                    _write_json(own.parent / TARGET_FILE, described)
+                added.append(_take_over(path, own))
+            except OSError as error:
+                raise HorqError(f"cannot write {own}: {error.strerror or error}") from error
+        return Merged(sum(added), sum(count > 0 for count in added))
+
+    def ship(self, into: Path) -> Merged:
+        """Puts what builds need into the database `into`, made where missing: of each kernel the pick that is used.
+
+        A kernel's file there is replaced by that one record, and removed where this database confirmed that the
+        default is faster; of other kernels nothing changes. The same records give the same bytes. Returns what `into`
+        holds then. HorqError as `merge`.
+        """
+        self.check()
+        shipped = Database.open(into, create=True)
+        for path in self._files():
+            confirmed = _last_confirmation(tuple(_read(path)))
+            own = shipped.folder / path.relative_to(self.folder)
+            if confirmed is None:
+                continue
+            if not confirmed.used:
+                own.unlink(missing_ok=True)
+                continue
             own.parent.mkdir(exist_ok=True)
-            described = path.parent / TARGET_FILE
-            if described.exists() and not (own.parent / TARGET_FILE).exists():
-                _write_json(own.parent / TARGET_FILE, json.loads(described.read_text()))
-            with own.open("a+b", buffering=0) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                file.seek(0)
-                known_lines = set(file.read().splitlines())
-                new = [line for line in path.read_bytes().splitlines() if line not in known_lines]
-                file.write(b"".join(line + b"\n" for line in new))
-                added += len(new)
-        return added
+            _write_json(own.parent / TARGET_FILE, _description(path.parent))
+            with replacing(own) as partial:
+                partial.write_text(confirmed.to_line())
+        kept = shipped._files()
+        return Merged(sum(len(list(_read(path))) for path in kept), len(kept))
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"*/*{SUFFIX}"))
 
     def _describe(self, target: Target) -> None:
         folder = self.folder / target_key(target)
@@ -194,6 +240,11 @@ def user_database() -> Database | None:
     """The database in the user's cache folder, None where there is none. HorqError as `Database.open`."""
     folder = cache_folder() / "tuning"
     return Database.open(folder) if folder.is_dir() else None
+
+
+def shipped_database() -> Database | None:
+    """The database of the package, None where it was installed without one."""
+    return Database.open(SHIPPED) if SHIPPED.is_dir() else None
 
 
 def target_key(target: Target) -> str:
@@ -241,6 +292,39 @@ def _read(path: Path) -> Iterator[Record]:
             yield Record.from_line(line.decode())
         except (ValueError, KeyError, TypeError) as error:
             raise _corrupt(path, str(number), f"{type(error).__name__}: {error}") from error
+
+
+def _last_confirmation(records: tuple[Record, ...]) -> Record | None:
+    return next((record for record in reversed(records) if record.kind == "confirmation"), None)
+
+
+def _take_over(source: Path, own: Path) -> int:
+    """Adds the lines of `source` that `own` lacks, all of them or none; how many."""
+    with own.open("a+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        before = file.read()
+        known = set(before.splitlines())
+        new = [line for line in source.read_bytes().splitlines() if line not in known]
+        data = b"".join(line + b"\n" for line in new)
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(len(before))
+            raise
+    return len(new)
+
+
+def _description(folder: Path) -> Any:
+    """What a target's folder says of it, None where it does not. HorqError where that is no JSON."""
+    path = folder / TARGET_FILE
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise HorqError(f"{path} cannot be read ({error}); nothing was changed") from error
 
 
 def _corrupt(path: Path, line: str, why: str) -> HorqError:

@@ -12,10 +12,13 @@ from .tasks import workload_key
 
 
 class Lookup:
-    """The confirmed records of one target. Without a database every kernel is the default's."""
+    """The confirmed records of one target. Without a database every kernel is the default's.
 
-    def __init__(self, database: Database | None, target: Target) -> None:
-        self._database, self._target = database, target
+    Where `database` knows nothing of a kernel, not even a measurement, `shipped` is asked: the package's own.
+    """
+
+    def __init__(self, database: Database | None, target: Target, shipped: Database | None = None) -> None:
+        self._database, self._shipped, self._target = database, shipped, target
         self._decided: dict[str, Recorded] = {}
 
     def choose(self, func: tirx.PrimFunc) -> Decide:
@@ -29,13 +32,21 @@ class Lookup:
 
     def of(self, func: tirx.PrimFunc) -> tuple[bool, int]:
         """Whether the kernel, which was scheduled by `choose`, is a tuned one, and how many measurements there are."""
-        decide = self._decided.get(workload_key(func)) if self._database else None
+        decide = self._decided.get(workload_key(func))
         return decide is not None and decide.fits, self._best(func).measurements
 
     @property
     def stale(self) -> list[str]:
-        """The workloads whose records are not of these rules any more: the default was taken."""
-        return [key for key, decide in self._decided.items() if not decide.fits]
+        """The workloads whose records are not of these rules any more: the default was taken.
+
+        Of the user's own database alone, which tuning again mends; nobody can do so with the package's.
+        """
+        return [key for key, decide in self._decided.items() if not decide.fits and self._knows(key)]
+
+    def _knows(self, key: str) -> bool:
+        return self._database is not None and bool(self._database.records(self._target, key))
 
     def _best(self, func: tirx.PrimFunc) -> Best:
-        return self._database.best(self._target, workload_key(func)) if self._database else Best()
+        key = workload_key(func)
+        store = self._database if self._knows(key) else self._shipped
+        return store.best(self._target, key) if store else Best()

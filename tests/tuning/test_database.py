@@ -12,7 +12,7 @@ import pytest
 from horq_tvm import targets
 from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.tuning import database
-from horq_tvm.tuning.database import Best, Database, Record, target_key
+from horq_tvm.tuning.database import Best, Database, Merged, Record, shipped_database, target_key
 
 TARGET = targets.resolve("x86-64-v3")
 KEY = "0123456789abcdef"
@@ -73,11 +73,40 @@ def test_merging_takes_what_is_missing_once(tmp_path: Path) -> None:
         store.append(TARGET, KEY, RECORD)
     theirs.append(TARGET, KEY, replace(RECORD, seed=4))
     theirs.append(targets.resolve("x86-64"), "other", RECORD)
-    assert mine.merge(theirs) == 2
-    assert mine.merge(theirs) == 0
+    assert mine.merge(theirs) == Merged(2, 2)
+    assert mine.merge(theirs) == Merged(0, 0)
     assert mine.records(TARGET, KEY) == theirs.records(TARGET, KEY)
     assert mine.records(targets.resolve("x86-64"), "other") == (RECORD,)
     assert json.loads((mine.path(targets.resolve("x86-64"), "other").parent / "target.json").read_text())["mcpu"]
+
+
+def test_what_is_shipped_is_what_is_used(tmp_path: Path) -> None:
+    store = Database.open(tmp_path / "db", create=True)
+    confirmed = replace(RECORD, kind="confirmation", default_seconds=(2e-3,), used=True)
+    for record in (RECORD, replace(confirmed, decisions={"px": 3}), confirmed):
+        store.append(TARGET, KEY, record)
+    store.append(TARGET, "measured", RECORD)
+    assert store.ship(tmp_path / "shipped") == Merged(1, 1)
+    shipped = Database.open(tmp_path / "shipped")
+    assert shipped.records(TARGET, KEY) == (confirmed,)
+    assert shipped.best(TARGET, KEY) == Best(0, RECORD.decisions)
+    before = shipped.path(TARGET, KEY).read_bytes()
+    store.ship(tmp_path / "shipped")
+    assert shipped.path(TARGET, KEY).read_bytes() == before
+    store.append(TARGET, KEY, replace(confirmed, used=False))
+    assert store.ship(tmp_path / "shipped") == Merged(0, 0)
+
+
+def test_the_package_ships_picks_alone() -> None:
+    store = shipped_database()
+    assert store is not None
+    store.check()
+    files = sorted(store.folder.glob("*/*.jsonl"))
+    assert files
+    assert sum(path.stat().st_size for path in store.folder.rglob("*.json*")) < 50_000
+    for path in files:
+        (line,) = path.read_text().splitlines()
+        assert json.loads(line)["used"] is True
 
 
 LINE = RECORD.to_line()
