@@ -1,4 +1,5 @@
-"""`python -m benchmarks.tuning`: networks tuned, and timed against their default; the curve of a run as a picture.
+"""`python -m benchmarks.tuning`: networks tuned, and timed against their default; the curve of a run as a picture; with
+--ship, the database that the package ships.
 
 With --trials a run of `horq_tvm.tune` comes first (it goes on where it was, so it may be done in pieces). Then the
 default library and the tuned one are timed in turn in one process, end to end and layer by layer, beside the time that
@@ -183,13 +184,18 @@ def parser() -> options.Parser:
     found.add_argument("--seed", type=int, default=0, metavar="N")
     found.add_argument("--seconds", type=seconds, default=8.0, metavar="S", help="of timing, a network and order")
     found.add_argument("--curve", type=Path, metavar="OUT.png", help="draw the database's curve, measure nothing")
+    found.add_argument("--ship", type=Path, metavar="OUT", help="put the picks that are used into OUT, measure nothing")
     found.add_argument("--debug", action="store_true")
     options.add_json_option(found)
     return found
 
 
 def run(given: argparse.Namespace) -> None:
-    """Measure, or draw."""
+    """Measure, or draw, or make what the package ships."""
+    if given.ship:
+        kept = Database.open(given.database).ship(given.ship)
+        print(f"{given.ship}: {kept.records} records of {kept.kernels} kernels")
+        return
     target = target_that_runs_here(given.target)
     if given.curve:
         curve(given.database, target, given.curve)

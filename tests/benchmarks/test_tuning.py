@@ -30,6 +30,15 @@ def test_a_missing_database_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert "there is no such folder" in capsys.readouterr().err
 
 
+def test_what_is_used_is_shipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Database.open(tmp_path / "db", create=True)
+    pick = Record({"px": 7}, (1e-3,), kind="confirmation", default_seconds=(2e-3,), used=True)
+    store.append(targets.resolve("x86-64-v3"), "key", pick)
+    assert tuning.main(["--database", str(store.folder), "--ship", str(tmp_path / "out")]) == 0
+    assert "1 records of 1 kernels" in capsys.readouterr().out
+    assert Database.open(tmp_path / "out").records(targets.resolve("x86-64-v3"), "key") == (pick,)
+
+
 def test_the_report_has_the_ratios_and_the_heaviest_step_first() -> None:
     layers = [
         {
