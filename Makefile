@@ -10,8 +10,6 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
-# Processes that tests are shared out to, a file to one of them; 0: none but pytest itself, as a debugger wants it.
-WORKERS ?= auto
 
 CROSS_PROGRAMS := aarch64-linux-gnu-gcc arm-linux-gnueabihf-gcc qemu-aarch64-static qemu-arm-static
 CROSS_PACKAGES := gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-arm-linux-gnueabihf libc6-dev-armhf-cross qemu-user-static
@@ -77,10 +75,10 @@ say-cuda: $(STAMP)
 	  echo "Tests that compile for CUDA are skipped: no $$missing here. Run: make cuda (it needs g++ as well)"
 
 test: $(STAMP) say-cross say-opencl say-cuda
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-all: $(STAMP) say-cross say-opencl say-cuda
-	$(BIN)/python -m pytest -m "" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

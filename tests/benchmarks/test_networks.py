@@ -369,7 +369,7 @@ def test_same_padding_is_that_of_onnx(inputs: dict[str, int], tmp_path: Path) ->
     [
         (
             "--network alexnet",
-            "network 'alexnet'; accepted: resnet18, vgg_small, resnet20, quicknet, open_nsfw, ",
+            "network 'alexnet'; accepted: resnet18, vgg_small, resnet20, quicknet, mobilenet_odd, ",
         ),
         ("--network absent.onnx", "network 'absent.onnx'"),
         ("--orders 9", "found '9'; accepted: orders from 1 to 8"),
