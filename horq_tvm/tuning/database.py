@@ -204,8 +204,10 @@ class Database:
 
         A kernel's file there is replaced by that one record, and removed where this database confirmed that the
         default is faster; of other kernels nothing changes. The same records give the same bytes. Returns what `into`
-        holds then. HorqError as `merge`.
+        holds then. HorqError as `merge`; UsageError where `into` is this database, which would lose its measurements.
         """
+        if into.resolve() == self.folder.resolve():
+            raise UsageError(f"{into} is the database itself; accepted: another folder to ship")
         self.check()
         shipped = Database.open(into, create=True)
         for path in self._files():
@@ -217,7 +219,8 @@ class Database:
                 own.unlink(missing_ok=True)
                 continue
             own.parent.mkdir(exist_ok=True)
-            _write_json(own.parent / TARGET_FILE, _description(path.parent))
+            if (described := _description(path.parent)) is not None:
+                _write_json(own.parent / TARGET_FILE, described)
             with replacing(own) as partial:
                 partial.write_text(confirmed.to_line())
         kept = shipped._files()

@@ -97,6 +97,24 @@ def test_what_is_shipped_is_what_is_used(tmp_path: Path) -> None:
     assert store.ship(tmp_path / "shipped") == Merged(0, 0)
 
 
+def test_shipping_into_itself_loses_nothing(tmp_path: Path) -> None:
+    store = Database.open(tmp_path, create=True)
+    for record in (RECORD, replace(RECORD, kind="confirmation", default_seconds=(2e-3,), used=True)):
+        store.append(TARGET, KEY, record)
+    before = store.path(TARGET, KEY).read_bytes()
+    with pytest.raises(UsageError, match="is the database itself"):
+        store.ship(tmp_path)
+    assert store.path(TARGET, KEY).read_bytes() == before
+
+
+def test_a_target_that_is_not_described_is_shipped_without_a_description(tmp_path: Path) -> None:
+    store = Database.open(tmp_path / "db", create=True)
+    store.append(TARGET, KEY, replace(RECORD, kind="confirmation", default_seconds=(2e-3,), used=True))
+    (store.path(TARGET, KEY).parent / "target.json").unlink()
+    assert store.ship(tmp_path / "shipped") == Merged(1, 1)
+    assert not (Database.open(tmp_path / "shipped").path(TARGET, KEY).parent / "target.json").exists()
+
+
 def test_the_package_ships_picks_alone() -> None:
     store = shipped_database()
     assert store is not None
