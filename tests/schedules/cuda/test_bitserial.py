@@ -29,6 +29,7 @@ from horq_tvm.schedules.layout import WeightLayout
 from horq_tvm.specs import LayerConfig
 from horq_tvm.straightline import constant
 from tests.cuda import nvcc
+from tests.cuda.source import source_of
 from tests.end_to_end.drawn import Drawn, compile_module, rewritten_with_given_scales
 from tests.end_to_end.test_oracle import exact_results
 from tests.relay_passes.program import module
@@ -330,8 +331,7 @@ def sources(mods: Sequence[tvm.IRModule]) -> str:
         for name, func in kernels(mod):
             if str(func.attrs["horq.rule"]) == "tensor_cores":
                 named[f"k{i}_{name}"] = func.with_attr("global_symbol", f"k{i}_{name}")
-    built = tvm.compile(tvm.IRModule(named), target=CUDA.tvm_target())
-    return str(built.mod.imports[0].inspect_source())
+    return source_of(tvm.IRModule(named), CUDA)
 
 
 def check_machine_code(order: int, stages: Sequence[tuple[int, int, int, int]], target: str = "cuda") -> None:

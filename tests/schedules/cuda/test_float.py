@@ -21,6 +21,7 @@ from horq_tvm.schedules import conv2d as direct
 from horq_tvm.schedules.cuda import float as floats
 from horq_tvm.schedules.cuda.tile import Card
 from tests.cuda import nvcc
+from tests.cuda.source import source_of
 from tests.schedules.cuda import pocl
 
 Array = NDArray[Any]
@@ -205,8 +206,7 @@ def test_what_is_no_reduction_is_left_to_others(rule: Any) -> None:
 def test_no_tile_spills(tile: floats.Tile) -> None:
     found = nvcc.found()
     func = kernel(conv((1, 30, 30), 64, 64), tile)
-    host = {"kind": "llvm"}
-    built = tvm.compile(tvm.IRModule({"f0": func}), tvm.target.Target({"kind": "cuda", "arch": "sm_75"}, host=host))
-    made = fatbin.compile_source(built.mod.imports[0].inspect_source(), CUDA.archs, found, CUDA.shared_bytes)
+    source = source_of(tvm.IRModule({"f0": func}), CUDA)
+    made = fatbin.compile_source(source, CUDA.archs, found, CUDA.shared_bytes)
     assert [use.spilled_bytes for use in made.uses] == [0] * len(CUDA.archs)
     assert all(use.occupancy >= 0.25 for use in made.uses)

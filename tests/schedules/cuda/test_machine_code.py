@@ -22,6 +22,7 @@ from horq_tvm.schedules.cuda.threads import written
 from horq_tvm.schedules.patch import Patch
 from horq_tvm.target_schema import CUDA_ARCHS
 from tests.cuda import nvcc
+from tests.cuda.source import source_of
 
 CUDA = targets.resolve("cuda")
 AROUND = Geometry((3, 3), padding=(1, 1, 1, 1))
@@ -45,7 +46,7 @@ def test_machine_code() -> None:
     for name, schedule in scheduled().items():
         assert schedule is not None
         kernels[name] = blocks.function(schedule).with_attr("global_symbol", name)
-    source = tvm.compile(tvm.IRModule(kernels), target=CUDA.tvm_target()).mod.imports[0].inspect_source()
+    source = source_of(tvm.IRModule(kernels), CUDA)
     made = fatbin.compile_source(source, CUDA_ARCHS, toolkit, CUDA.shared_bytes)
     launches = len(kernels) + 2  # a mean of two planes takes three
     assert len(made.uses) == launches * len(CUDA_ARCHS)
