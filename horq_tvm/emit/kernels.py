@@ -11,6 +11,7 @@ import tvm_ffi
 from tvm import s_tir, tirx
 
 from horq_tvm.emit.plan import Step
+from horq_tvm.emit.tails import mask_tails
 from horq_tvm.errors import HorqError
 from horq_tvm.runtime.elf import Elf
 
@@ -50,8 +51,8 @@ def compile_kernels(
     final = _FinalModule()
     config = {"tirx.disable_assert": True}
     with tvm.transform.PassContext(opt_level=3, config=config, instruments=[final.instrument]):
-        plain = with_plain_indices(tvm.IRModule(functions))
-        library = tvm.tirx.build(plain, target, pipeline="s_tir")
+        masked = mask_tails(with_plain_indices(tvm.IRModule(functions)))
+        library = tvm.tirx.build(masked, target, pipeline="s_tir")
     library.write_to_file(str(out), "o")
     missing = _missing_references(out)
     names = {symbol: name for name, symbol in symbols.items()}

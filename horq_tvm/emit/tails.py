@@ -16,6 +16,8 @@ import tvm_ffi
 from tvm import s_tir, sym, tirx
 from tvm.ir import Call, TensorLoad
 
+from horq_tvm.errors import HorqError
+
 TAIL = "horq.tail"  # an AttrStmt around a vector: how many of its lanes there are
 
 
@@ -140,6 +142,8 @@ def _mark(func: tirx.PrimFunc) -> tirx.PrimFunc:
         if isinstance(limit, tirx.IntImm) and int(limit) == 1:
             return _replace(loop.body, loop.loop_var, loop.min)  # TVM has put 0 for the lane, and no vector is left
         vector = tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, loop.body.then_case)
+        if not _becomes_vectors(vector):
+            return mutator.default_mutate(loop)
         marked: tirx.Stmt = tirx.AttrStmt(loop.loop_var, TAIL, limit, vector)
         for term in rest:
             marked = tirx.IfThenElse(term, marked, None)
@@ -169,6 +173,26 @@ def _side_by_side(loop: tirx.For) -> bool:
     return all(step_is(i, 1) or (not stored and step_is(i, 0)) for i, stored in indices)
 
 
+def _becomes_vectors(loop: tirx.For) -> bool:
+    """Whether TVM makes vectors of the loop: of a statement that it cannot (`round`, say) it makes a loop over lanes.
+
+    With the condition gone that loop would run beyond the last channel.
+    """
+    made = tirx.transform.VectorizeLoop(True)(tvm.IRModule({"f": tirx.PrimFunc([], loop)}))["f"].body
+    return _stores_vectors(made)
+
+
+def _stores_vectors(stmt: tirx.Stmt) -> bool:
+    """Of what was side by side: whether every store is one of a vector."""
+    scalar: list[bool] = []
+
+    def look(store: tirx.BufferStore) -> None:
+        scalar.append(not isinstance(store.indices[-1], tirx.Ramp))
+
+    tvm_ffi.structural_walk(stmt, (tirx.BufferStore, look))
+    return not any(scalar)
+
+
 def _mask(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """The marks go, and what is inside of them reads and writes no more than there is."""
     own = _allocated(func)
@@ -176,6 +200,8 @@ def _mask(func: tirx.PrimFunc) -> tirx.PrimFunc:
     def visit(mark: tirx.AttrStmt, mutator: Any) -> tirx.Stmt:
         if mark.attr_key != TAIL:
             return mutator.default_mutate(mark)
+        if not _stores_vectors(mark.body):
+            raise HorqError(f"kernel {func.attrs['global_symbol']}: TVM made no vectors of\n{mark.body}")
         masked = (
             (TensorLoad, lambda load: _masked_load(load, mark.value, own)),
             (tirx.BufferStore, lambda store: _masked_store(store, mark.value, own)),
