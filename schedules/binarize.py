@@ -51,18 +51,23 @@ class Binarization:
 def binarize(spec: Binarization) -> tirx.PrimFunc:
     """x float32 [N,H,W,C], β float32, factor and addend float32 [C] → planes uint32; one sblock a kind of word."""
     with IRBuilder() as builder, T.prim_func(private=True, s_tir=True):
-        T.func_name("binarize")
-        x = T.arg("x", T.Buffer(_wide(spec.input_shape), "float32"))
-        beta = T.arg("beta", T.Buffer(_wide(spec.beta_shape), "float32"))
-        channels = _wide(spec.input_shape)[3:]
-        line = [T.arg(name, T.Buffer(channels, "float32")) for name in ("factor", "addend")[: 2 * spec.affine]]
-        planes = T.arg("planes", T.Buffer(_wide(spec.output_shape), "uint32"))
+        operands, planes = arguments(spec)
         full, tail = divmod(spec.group_channels, WORD_BITS)
         if full:
-            _words(spec, (x, beta, *line), planes, range(full), WORD_BITS)
+            _words(spec, operands, planes, range(full), WORD_BITS)
         if tail:
-            _words(spec, (x, beta, *line), planes, range(full, full + 1), tail)
+            _words(spec, operands, planes, range(full, full + 1), tail)
     return builder.get()
+
+
+def arguments(spec: Binarization) -> tuple[tuple[tirx.Buffer, ...], tirx.Buffer]:
+    """The parameters of `binarize` in the function that is being written: x, β, factor and addend if any; planes."""
+    T.func_name("binarize")
+    x = T.arg("x", T.Buffer(_wide(spec.input_shape), "float32"))
+    beta = T.arg("beta", T.Buffer(_wide(spec.beta_shape), "float32"))
+    channels = _wide(spec.input_shape)[3:]
+    line = [T.arg(name, T.Buffer(channels, "float32")) for name in ("factor", "addend")[: 2 * spec.affine]]
+    return (x, beta, *line), T.arg("planes", T.Buffer(_wide(spec.output_shape), "uint32"))
 
 
 def _words(spec: Binarization, operands: tuple[tirx.Buffer, ...], planes: tirx.Buffer, words: range, bits: int) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import Any
 
-from tvm import relax
+import tvm
+from tvm import relax, tirx
 from tvm.ir import Op
 from tvm.relax import BlockBuilder
 
@@ -24,39 +27,60 @@ from .scales import Sample, sample_scales
 Legalize = Callable[[BlockBuilder, relax.Call], relax.Expr]
 
 
-def _binarize(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
-    x, beta, *line = call.args
-    order, first, geometry = int(call.attrs["order"]), int(call.attrs["first"]), Geometry.of(call.attrs)
-    n, h, w, c = shape_of(x)
-    if call.attrs["scale"] == "patch":
-        patch = Patch((n, h, w, c), order, first, geometry)
-        kernel = builder.add_func(rows_of_given(patch), "binarize_rows")
-        return relax.call_tir(kernel, [*_pixels(builder, patch, x, line), beta], out_ty=call.ty)
-    spec = Binarization(
-        (n, h, w, c), shape_of(beta), order, first, str(call.attrs["scale"]), geometry.groups, bool(line)
-    )
-    return relax.call_tir(builder.add_func(binarize(spec), "binarize"), [x, beta, *line], out_ty=call.ty)
+@dataclass(frozen=True)
+class ActivationKernels:
+    """The kernels of a family of targets that make scales and planes of an activation.
+
+    binarize and sample_scales write a kernel for a spec, which `sample` makes of (batch, size, order, channels);
+    rows and rows_of_given emit calls: x and line of an im2col layer → (β, planes), and with β given → planes.
+    """
+
+    binarize: Callable[[Binarization], tirx.PrimFunc]
+    sample: Callable[[int, int, int, int], Any]
+    sample_scales: Callable[[Any], tirx.PrimFunc]
+    rows: Callable[[BlockBuilder, Patch, relax.Expr, Sequence[relax.Expr]], relax.Expr]
+    rows_of_given: Callable[[BlockBuilder, Patch, relax.Expr, Sequence[relax.Expr], relax.Expr, Any], relax.Expr]
+
+    def legalize(self) -> dict[str, Legalize]:
+        """The operators that these kernels are of."""
+        return {"horq.binarize": self._binarize, "horq.scales": self._scales, "horq.patch": self._patch}
+
+    def _binarize(self, builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+        x, beta, *line = call.args
+        order, first, geometry = int(call.attrs["order"]), int(call.attrs["first"]), Geometry.of(call.attrs)
+        n, h, w, c = shape_of(x)
+        if call.attrs["scale"] == "patch":
+            return self.rows_of_given(builder, Patch((n, h, w, c), order, first, geometry), x, line, beta, call.ty)
+        scale, groups = str(call.attrs["scale"]), geometry.groups
+        spec = Binarization((n, h, w, c), shape_of(beta), order, first, scale, groups, bool(line))
+        return relax.call_tir(builder.add_func(self.binarize(spec), "binarize"), [x, beta, *line], out_ty=call.ty)
+
+    def _scales(self, builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+        x, *line = call.args
+        n, h, w, c = shape_of(x)
+        order = int(call.attrs["order"])
+        if call.attrs["scale"] == "patch":
+            spec = Patch((n, h, w, c), order, 0, Geometry.of(call.attrs))
+            return relax.TupleGetItem(self.rows(builder, spec, x, line), 0)
+        sample = self.sample(n, h * w * c, order, c if line else 0)
+        flat = builder.emit(relax.op.reshape(x, (n, h * w * c)))
+        kernel = builder.add_func(self.sample_scales(sample), "scales_sample")
+        outputs = [call.ty, relax.TensorType(sample.partial_shape, "float64")]
+        return relax.TupleGetItem(builder.emit(relax.call_tir(kernel, [flat, *line], out_ty=outputs)), 0)
+
+    def _patch(self, builder: BlockBuilder, call: relax.Call) -> relax.Expr:
+        x, *line = call.args
+        n, h, w, c = shape_of(x)
+        order, first = int(call.attrs["order"]), int(call.attrs["first"])
+        return self.rows(builder, Patch((n, h, w, c), order, first, Geometry.of(call.attrs)), x, line)
 
 
-def _scales(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
-    x, *line = call.args
-    n, h, w, c = shape_of(x)
-    order = int(call.attrs["order"])
-    if call.attrs["scale"] == "patch":
-        patch = Patch((n, h, w, c), order, 0, Geometry.of(call.attrs))
-        return relax.TupleGetItem(_rows(builder, patch, x, line), 0)
-    spec = Sample(n, h * w * c, order, c if line else 0)
-    flat = builder.emit(relax.op.reshape(x, (n, h * w * c)))
-    kernel = builder.add_func(sample_scales(spec), "scales_sample")
-    outputs = [call.ty, relax.TensorType(spec.partial_shape, "float64")]
-    return relax.TupleGetItem(builder.emit(relax.call_tir(kernel, [flat, *line], out_ty=outputs)), 0)
-
-
-def _patch(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
-    x, *line = call.args
-    n, h, w, c = shape_of(x)
-    spec = Patch((n, h, w, c), int(call.attrs["order"]), int(call.attrs["first"]), Geometry.of(call.attrs))
-    return _rows(builder, spec, x, line)
+def emit_rows(
+    builder: BlockBuilder, spec: Patch, kernel: tvm.ir.GlobalVar, operands: Sequence[relax.Expr]
+) -> relax.Expr:
+    """The call of a kernel that makes β and the planes of im2col rows, a tuple."""
+    outputs = [relax.TensorType(spec.beta_shape, "float32"), relax.TensorType(spec.planes_shape, "uint32")]
+    return builder.emit(relax.call_tir(kernel, operands, out_ty=outputs))
 
 
 def _pixels(builder: BlockBuilder, spec: Patch, x: relax.Expr, line: Sequence[relax.Expr]) -> list[relax.Expr]:
@@ -68,10 +92,23 @@ def _pixels(builder: BlockBuilder, spec: Patch, x: relax.Expr, line: Sequence[re
 
 
 def _rows(builder: BlockBuilder, spec: Patch, x: relax.Expr, line: Sequence[relax.Expr]) -> relax.Expr:
-    """β and planes, a tuple."""
     kernel = builder.add_func(rows(spec), "binarize_rows")
-    outputs = [relax.TensorType(spec.beta_shape, "float32"), relax.TensorType(spec.planes_shape, "uint32")]
-    return builder.emit(relax.call_tir(kernel, _pixels(builder, spec, x, line), out_ty=outputs))
+    return emit_rows(builder, spec, kernel, _pixels(builder, spec, x, line))
+
+
+def _rows_of_given(
+    builder: BlockBuilder,
+    spec: Patch,
+    x: relax.Expr,
+    line: Sequence[relax.Expr],
+    beta: relax.Expr,
+    out: relax.TensorType,
+) -> relax.Expr:
+    kernel = builder.add_func(rows_of_given(spec), "binarize_rows")
+    return relax.call_tir(kernel, [*_pixels(builder, spec, x, line), beta], out_ty=out)
+
+
+ACTIVATIONS = ActivationKernels(binarize, Sample, sample_scales, _rows, _rows_of_given)
 
 
 def _pad_planes(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -205,9 +242,7 @@ def _packed_int8(builder: BlockBuilder, call: relax.Call) -> relax.Expr:
 
 
 LEGALIZE: Mapping[str, Legalize] = {
-    "horq.binarize": _binarize,
-    "horq.scales": _scales,
-    "horq.patch": _patch,
+    **ACTIVATIONS.legalize(),
     "horq.pad_planes": _pad_planes,
     "relax.nn.pad": _pad,
     "horq.split_nibbles": _split_nibbles,

@@ -29,6 +29,8 @@ from tvm.script.ir_builder import tirx as T
 from horq_tvm.ops import STEP_WORDS, Geometry
 from horq_tvm.targets import WARP
 
+from .threads import index, room, whole, wide
+
 FRAGMENT_M, FRAGMENT_N = 16, 8
 CHUNKS = (4, 2, 1)  # words that one asynchronous copy can move
 BANKS = 32
@@ -121,20 +123,20 @@ def count(gemm: Gemm, tile: Tile) -> tirx.PrimFunc:
     """planes, weight → for each plane int32 `counts_shape`: the popcounts over each window; one sblock a tile."""
     with IRBuilder() as builder, T.prim_func(private=True, s_tir=True):
         T.func_name("count")
-        planes = T.arg("planes", T.Buffer(_wide(gemm.planes), "uint32"))
-        weight = T.arg("weight", T.Buffer(_wide(gemm.weight), "uint32"))
-        shape = _wide(counts_shape(gemm, tile))
+        planes = T.arg("planes", T.Buffer(wide(gemm.planes), "uint32"))
+        weight = T.arg("weight", T.Buffer(wide(gemm.weight), "uint32"))
+        shape = wide(counts_shape(gemm, tile))
         counts = [T.arg(f"counts{p}", T.Buffer(shape, "int32")) for p in range(gemm.orders)]
-        extents = _wide(grid(gemm, tile))
+        extents = wide(grid(gemm, tile))
         with T.grid(*extents) as loops, T.sblock("mma"):
             mt, g, nt = (T.axis.spatial(e, v, "int64") for e, v in zip(extents, loops, strict=True))
-            T.reads(planes[_every(gemm.planes)], weight[g, 0 : gemm.filters, 0 : gemm.weight[2]])
+            T.reads(planes[whole(planes)], weight[g, 0 : gemm.filters, 0 : gemm.weight[2]])
             m, n = mt * tile.m, nt * tile.n
             of_group = (g,) if gemm.weight[0] > 1 else ()
             written = (slice(m, m + tile.m), *of_group, slice(n, n + tile.n))
             T.writes(*(plane[written] for plane in counts))
             T.sblock_attr({WARPS: tile.warps})
-            with T.attr(_index(0), "pragma_unroll_explicit", tirx.const(False, "bool")):
+            with T.attr(index(0), "pragma_unroll_explicit", tirx.const(False, "bool")):
                 _Block(gemm, tile, (planes, weight), counts, (m, g, n)).emit()
     return builder.get()
 
@@ -162,28 +164,28 @@ class _Block:
         self.b_turns = -(-tile.n * self.b_chunks // threads)
         i, j = tile.fragments
         # In one dimension, or TVM would cut off the words of a row that nobody reads.
-        self.a_shared = _room("a_shared", (self.buffers * gemm.orders * tile.m * tile.row,), scope="shared")
-        self.b_shared = _room("b_shared", (self.buffers * tile.n * tile.row,), scope="shared")
-        self.a_moved = _room("a_moved", (self.a_turns * gemm.chunk,))
-        self.b_moved = _room("b_moved", (self.b_turns * CHUNKS[0],))
-        self.sums = _room("sums", (gemm.orders, i, j, 4), "int32")
-        self.a, self.b, self.pair = _room("a", (4,)), _room("b", (j, 2)), _room("pair", (2,))
+        self.a_shared = room("a_shared", (self.buffers * gemm.orders * tile.m * tile.row,), "uint32", "shared")
+        self.b_shared = room("b_shared", (self.buffers * tile.n * tile.row,), "uint32", "shared")
+        self.a_moved = room("a_moved", (self.a_turns * gemm.chunk,), "uint32")
+        self.b_moved = room("b_moved", (self.b_turns * CHUNKS[0],), "uint32")
+        self.sums = room("sums", (gemm.orders, i, j, 4), "int32")
+        self.a, self.b, self.pair = room("a", (4,), "uint32"), room("b", (j, 2), "uint32"), room("pair", (2,), "uint32")
 
     def emit(self) -> None:
         """A barrier a stage: behind it, the next stage's bits are there and this one's are read."""
-        with T.thread_binding(_index(self.tile.warps), thread="threadIdx.y") as self.warp:  # noqa: SIM117
-            with T.thread_binding(_index(WARP), thread="threadIdx.x") as self.lane:
+        with T.thread_binding(index(self.tile.warps), thread="threadIdx.y") as self.warp:  # noqa: SIM117
+            with T.thread_binding(index(WARP), thread="threadIdx.x") as self.lane:
                 self._clear()
-                self._move(_index(0), "horq_fetch")
-                self._move(_index(0), "horq_land")
+                self._move(index(0), "horq_fetch")
+                self._move(index(0), "horq_land")
                 self._barrier()
                 if self.stages > 1:
-                    with T.serial(_index(self.stages - 1)) as stage:
+                    with T.serial(index(self.stages - 1)) as stage:
                         self._move(stage + 1, "horq_fetch")
                         self._multiply(stage)
                         self._move(stage + 1, "horq_land")
                         self._barrier()
-                self._multiply(_index(self.stages - 1))
+                self._multiply(index(self.stages - 1))
                 self._store()
 
     def _barrier(self) -> None:
@@ -194,7 +196,7 @@ class _Block:
         i, j = self.tile.fragments
         with _unrolled(self.gemm.orders, i, j) as (p, x, y):
             zero = T.Broadcast(tirx.const(0, "int32"), 4)
-            T.buffer_store(self.sums, zero, [p, x, y, T.Ramp(_index(0), _index(1), 4)])
+            T.buffer_store(self.sums, zero, [p, x, y, T.Ramp(index(0), index(1), 4)])
 
     def _move(self, stage: tirx.Expr, how: str) -> None:
         """The bits of a stage from global to shared memory.
@@ -233,8 +235,8 @@ class _Block:
     def _share(self, turn: tirx.Expr, rows: int, chunks: int) -> tuple[tirx.Expr, tirx.Expr, tirx.Expr | None]:
         """A thread's row and chunk in a turn, and whether there is one (None: always)."""
         threads = self.tile.warps * WARP
-        index = turn * threads + self.warp * WARP + self.lane
-        return index // chunks, index % chunks, index < rows * chunks if rows * chunks % threads else None
+        place = turn * threads + self.warp * WARP + self.lane
+        return place // chunks, place % chunks, place < rows * chunks if rows * chunks % threads else None
 
     def _below(self, position: tirx.Expr, extent: int, step: int) -> list[tirx.Expr]:
         return [] if extent % step == 0 else [position < extent]
@@ -273,7 +275,7 @@ class _Block:
                 return
             zero = tirx.const(0, "uint32")
             if chunk > 1:
-                T.buffer_store(buffer, T.Broadcast(zero, chunk), [T.Ramp(turn * chunk, _index(1), chunk)])
+                T.buffer_store(buffer, T.Broadcast(zero, chunk), [T.Ramp(turn * chunk, index(1), chunk)])
             else:
                 T.buffer_store(buffer, zero, [turn])
             there = tirx.all(*inside).astype("int32") if inside else tirx.const(1, "int32")
@@ -286,20 +288,20 @@ class _Block:
         row, word = self.lane // 4, self.lane % 4 * 2
         m = self.warp % tile.warps_m * (tile.m // tile.warps_m) + row
         n = self.warp // tile.warps_m * (tile.n // tile.warps_n) + row
-        two = T.Ramp(_index(0), _index(1), 2)
+        two = T.Ramp(index(0), index(1), 2)
         with _unrolled(tile.steps) as (step,):
             first = step * STEP_WORDS + word
             with _unrolled(down) as (j,):
                 at = buffer * tile.n + n + j * FRAGMENT_N
-                T.buffer_store(self.b, self.b_shared[T.Ramp(at * tile.row + first, _index(1), 2)], [j, two])
+                T.buffer_store(self.b, self.b_shared[T.Ramp(at * tile.row + first, index(1), 2)], [j, two])
             with _unrolled(self.gemm.orders, across) as (p, i):
                 for half in range(2):
                     at = (buffer * self.gemm.orders + p) * tile.m + m + i * FRAGMENT_M + half * 8
-                    T.buffer_store(self.pair, self.a_shared[T.Ramp(at * tile.row + first, _index(1), 2)], [two])
+                    T.buffer_store(self.pair, self.a_shared[T.Ramp(at * tile.row + first, index(1), 2)], [two])
                     for e in range(2):
-                        T.buffer_store(self.a, self.pair[_index(e)], [_index(2 * e + half)])
+                        T.buffer_store(self.a, self.pair[index(e)], [index(2 * e + half)])
                 with _unrolled(down) as (j,):
-                    fragments = self.sums[p, i, j, 0], self.a[_index(0)], self.b[j, 0]
+                    fragments = self.sums[p, i, j, 0], self.a[index(0)], self.b[j, 0]
                     T.evaluate(T.call_extern("int32", "horq_mma", *(T.address_of(f) for f in fragments)))
 
     def _store(self) -> None:
@@ -310,8 +312,8 @@ class _Block:
         group = (self.g,) if self.gemm.weight[0] > 1 else ()
         for p, counts in enumerate(self.counts):
             with _unrolled(across, down, 2) as (i, j, half):
-                pair = self.sums[p, i, j, T.Ramp(half * 2, _index(1), 2)]
-                at = T.Ramp(n + j * FRAGMENT_N, _index(1), 2)
+                pair = self.sums[p, i, j, T.Ramp(half * 2, index(1), 2)]
+                at = T.Ramp(n + j * FRAGMENT_N, index(1), 2)
                 T.buffer_store(counts, pair, [m + i * FRAGMENT_M + half * 8, *group, at])
 
 
@@ -319,7 +321,7 @@ class _unrolled:  # noqa: N801
     """Nested loops, each unrolled by the compiler that comes after TVM."""
 
     def __init__(self, *extents: int) -> None:
-        self.frames = [T.unroll(_index(extent)) for extent in extents]
+        self.frames = [T.unroll(index(extent)) for extent in extents]
 
     def __enter__(self) -> list[tirx.Var]:
         return [frame.__enter__() for frame in self.frames]
@@ -327,10 +329,6 @@ class _unrolled:  # noqa: N801
     def __exit__(self, *error: object) -> None:
         for frame in reversed(self.frames):
             frame.__exit__(*error)
-
-
-def _room(name: str, extents: Sequence[int], dtype: str = "uint32", scope: str = "local") -> tirx.Buffer:
-    return IRBuilder.name(name, T.sblock_alloc_buffer(_wide(extents), dtype, scope=scope))
 
 
 @contextmanager
@@ -341,16 +339,3 @@ def _where(condition: tirx.Expr | None) -> Iterator[None]:
     else:
         with T.If(condition), T.Then():
             yield
-
-
-def _index(value: int) -> tirx.Expr:
-    return tirx.const(value, "int64")
-
-
-def _wide(extents: Sequence[int]) -> tuple[tirx.Expr, ...]:
-    """As int64, the index type of Relax's own kernels: FuseTIR joins buffers whose types are the same to the letter."""
-    return tuple(_index(extent) for extent in extents)
-
-
-def _every(extents: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(0, extent) for extent in extents)

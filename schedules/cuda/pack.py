@@ -14,11 +14,12 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from horq_tvm.ops import WORD_BITS
-from horq_tvm.schedules.binarize import Binarization
+from horq_tvm.schedules.binarize import Binarization, arguments
+
+from .threads import ZERO, index, wide
 
 PACK = "pack"
 RESIDUAL = "residual"
-ZERO = tirx.const(0.0, "float32")
 
 
 def binarize(spec: Binarization) -> tirx.PrimFunc:
@@ -27,31 +28,26 @@ def binarize(spec: Binarization) -> tirx.PrimFunc:
     One block over pixels, words, and lanes; of the last word of a group that is no whole one, lanes read nothing.
     """
     with IRBuilder() as builder, T.prim_func(private=True, s_tir=True):
-        T.func_name("binarize")
-        x = T.arg("x", T.Buffer(_wide(spec.input_shape), "float32"))
-        beta = T.arg("beta", T.Buffer(_wide(spec.beta_shape), "float32"))
-        channels = _wide(spec.input_shape)[3:]
-        line = [T.arg(name, T.Buffer(channels, "float32")) for name in ("factor", "addend")[: 2 * spec.affine]]
-        planes = T.arg("planes", T.Buffer(_wide(spec.output_shape), "uint32"))
+        (x, beta, *line), planes = arguments(spec)
         batch, height, width, groups, count, words = spec.output_shape
-        extents = _wide((batch, height, width, groups * words, WORD_BITS))
+        extents = wide((batch, height, width, groups * words, WORD_BITS))
         with T.grid(*extents) as loops, T.sblock(PACK):
             n, y, x_, word, lane = (T.axis.spatial(e, v, "int64") for e, v in zip(extents, loops, strict=True))
             tail = spec.group_channels % WORD_BITS
             group, j = tirx.floordiv(word, words), tirx.floormod(word, words)
             channel = group * spec.group_channels + j * WORD_BITS + lane if tail else word * WORD_BITS + lane
             there = j * WORD_BITS + lane < spec.group_channels if tail else None
-            row = n if spec.scale == "sample" else _index(0)
+            row = n if spec.scale == "sample" else index(0)
             T.reads(x[n, y, x_, channel], beta[row, 0 : spec.order], *(operand[channel] for operand in line))
             T.writes(planes[n, y, x_, group, 0:count, j])
             value = x[n, y, x_, channel]
             if line:
                 value = value * line[0][channel] + line[1][channel]
-            scales = [beta[row, _index(k)] for k in range(spec.order)]
+            scales = [beta[row, index(k)] for k in range(spec.order)]
             words_of_planes = _ballots(value, scales, spec.first, there)
             for p, found in enumerate(words_of_planes):
                 with T.If(lane == 0), T.Then():
-                    T.buffer_store(planes, found, [n, y, x_, group, _index(p), j])
+                    T.buffer_store(planes, found, [n, y, x_, group, index(p), j])
     return builder.get()
 
 
@@ -101,12 +97,3 @@ def _without_predicate(realize: s_tir.SBlockRealize) -> s_tir.SBlockRealize:
     alloc, match, notes = block.alloc_buffers, block.match_buffers, block.annotations
     inside = s_tir.SBlock([], reads, writes, block.name_hint, body, None, alloc, match, notes)
     return s_tir.SBlockRealize([], tirx.const(True, "bool"), inside)
-
-
-def _index(value: int) -> tirx.Expr:
-    return tirx.const(value, "int64")
-
-
-def _wide(extents: Sequence[int]) -> tuple[tirx.Expr, ...]:
-    """As int64, the index type of Relax's own kernels: FuseTIR joins buffers whose types are the same to the letter."""
-    return tuple(_index(extent) for extent in extents)

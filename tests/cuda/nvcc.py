@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from horq_tvm.cuda import fatbin, toolkit
+from horq_tvm.cuda import disassembly, fatbin, toolkit
 from horq_tvm.errors import HorqError
 
 ADD_ONE = 'extern "C" __global__ void __launch_bounds__(64) add_one(float* x) { x[threadIdx.x] += 1.0f; }\n'
@@ -29,6 +30,22 @@ def found() -> toolkit.Toolkit:
     if problem():
         pytest.skip(problem())
     return toolkit.find()
+
+
+def check_uses(made: fatbin.Fatbin, count: int, occupancy: float) -> None:
+    """So many kernels, all architectures counted, that spill nothing and leave room for `occupancy` of the warps."""
+    assert len(made.uses) == count
+    for use in made.uses:
+        assert use.spilled_bytes == use.stack_bytes == 0, use
+        assert use.occupancy >= occupancy, use
+
+
+def instructions(made: fatbin.Fatbin) -> Mapping[tuple[str, int], Mapping[str, int]]:
+    """What the machine code holds, by kernel and architecture; skips the test that asks where nothing can look."""
+    toolkit_ = found()
+    if not toolkit_.program("cuobjdump") or not toolkit_.program("nvdisasm"):
+        pytest.skip("no cuobjdump and nvdisasm here (make cuda)")
+    return disassembly.instructions(made.data, toolkit_)
 
 
 def pretend(

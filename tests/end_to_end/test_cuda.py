@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,55 +14,27 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from sklearn.datasets import load_sample_images
 
 pytest.importorskip("tvm")
 
-from horq_tvm import compiler, targets, zoo
-from horq_tvm.export import to_onnx
+from horq_tvm import compiler, targets
 from horq_tvm.relay_passes.rewrite_layers import TAP_NAMES
-from horq_tvm.specs import Scale
 from tests.end_to_end.alone import as_image, operands
+from tests.end_to_end.subjects import FLATTENED, Maker, cifar, digits_network, resnet18, trained_file
 from tests.end_to_end.taps import Array, Tap, compare
-from tests.end_to_end.test_arm_layers import FLATTENED, digits_network, trained_file
-from tests.networks import cifar_images, cifar_resnet
 from tests.schedules.cuda import pocl
 from tests.schedules.cuda.card import OnPocl
 
 torch.set_num_threads(1)
 
 IMAGES = 4
-Maker = Callable[[Path], tuple[Path, Array]]
-
-
-def cifar(order: int, scale: Scale, folder: Path) -> tuple[Path, Array]:
-    """Groups and strides, and an affine ahead of each binarisation."""
-    x = cifar_images(IMAGES, seed=5)
-    to_onnx(cifar_resnet(order, scale), x, folder / "cifar.onnx", ["image"], ["scores"])
-    return folder / "cifar.onnx", x.numpy()
-
-
-def resnet18(order: int, size: int, folder: Path) -> tuple[Path, Array]:
-    """Untrained, its statistics and β those of two photos, a head that tells them apart."""
-    torch.manual_seed(0)
-    network = zoo.build("resnet18", order=order)
-    photos = [torch.from_numpy(photo[:, :427].astype("float32")) for photo in load_sample_images().images]
-    x = torch.nn.functional.interpolate(torch.stack(photos).permute(0, 3, 1, 2), size=(size, size), mode="area")
-    x = (x - x.mean()) / x.std()
-    with torch.no_grad():
-        network.train()(x)
-        network.eval().head.bias -= network(x).mean(0)
-    to_onnx(network, x, folder / "resnet18.onnx", ["image"], ["scores"])
-    return folder / "resnet18.onnx", x.numpy()
-
-
 NETWORKS: Mapping[str, Maker] = {
     "digits": digits_network,
     "mnist-k2": trained_file("mnist-k2"),
     "resnet20-k2": trained_file("resnet20-k2"),
-    "cifar-static-3": partial(cifar, 3, "static"),
-    "cifar-sample-2": partial(cifar, 2, "sample"),
-    "cifar-patch-2": partial(cifar, 2, "patch"),
+    "cifar-static-3": partial(cifar, 3, "static", IMAGES),
+    "cifar-sample-2": partial(cifar, 2, "sample", IMAGES),
+    "cifar-patch-2": partial(cifar, 2, "patch", IMAGES),
     "resnet18-k2-64": partial(resnet18, 2, 64),
     "resnet18-k1-224": partial(resnet18, 1, 224),
     "resnet18-k2-224": partial(resnet18, 2, 224),

@@ -339,13 +339,8 @@ def check_machine_code(order: int, stages: Sequence[tuple[int, int, int, int]], 
     source = sources([residual_pair(stage, order, target) for stage in stages])
     check_barriers(source, order)
     made = fatbin.compile_source(source, archs, toolkit, CUDA.shared_bytes)
-    assert len(made.uses) == 2 * len(stages) * len(archs)
-    for use in made.uses:
-        assert use.spilled_bytes == use.stack_bytes == 0, use
-        assert use.occupancy >= 0.125, use
-    if not toolkit.program("cuobjdump") or not toolkit.program("nvdisasm"):
-        pytest.skip("no cuobjdump and nvdisasm here (make cuda)")
-    for (kernel, arch), found in disassembly.instructions(made.data, toolkit).items():
+    nvcc.check_uses(made, 2 * len(stages) * len(archs), 0.125)
+    for (kernel, arch), found in nvcc.instructions(made).items():
         assert disassembly.counting(found) == "BMMA", (kernel, arch)
         assert bool(found.get("LDGSTS")) == (arch >= 80), (kernel, arch)
 

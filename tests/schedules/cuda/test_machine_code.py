@@ -10,7 +10,7 @@ import tvm
 from tvm import s_tir
 
 from horq_tvm import targets
-from horq_tvm.cuda import disassembly, fatbin
+from horq_tvm.cuda import fatbin
 from horq_tvm.ops import Geometry
 from horq_tvm.schedules import blocks
 from horq_tvm.schedules.binarize import Binarization
@@ -49,12 +49,7 @@ def test_machine_code() -> None:
     source = source_of(tvm.IRModule(kernels), CUDA)
     made = fatbin.compile_source(source, CUDA_ARCHS, toolkit, CUDA.shared_bytes)
     launches = len(kernels) + 2  # a mean of two planes takes three
-    assert len(made.uses) == launches * len(CUDA_ARCHS)
-    for use in made.uses:
-        assert use.spilled_bytes == use.stack_bytes == 0, use
-        assert use.occupancy >= 0.25, use
-    if not toolkit.program("cuobjdump") or not toolkit.program("nvdisasm"):
-        pytest.skip("no cuobjdump and nvdisasm here (make cuda)")
-    for (kernel, arch), found in disassembly.instructions(made.data, toolkit).items():
+    nvcc.check_uses(made, launches * len(CUDA_ARCHS), 0.25)
+    for (kernel, arch), found in nvcc.instructions(made).items():
         votes = any(name.startswith("VOTE") for name in found)
         assert votes == kernel.startswith("votes"), (kernel, arch)
