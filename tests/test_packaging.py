@@ -83,7 +83,7 @@ def test_constraints_meet_the_requirements() -> None:
             assert requirement.specifier.contains(pin.version), requirement
 
 
-@pytest.mark.parametrize("verb", ["build", "run", "bench", "inspect", "targets"])
+@pytest.mark.parametrize("verb", ["build", "run", "tune", "merge", "bench", "inspect", "targets"])
 def test_help_needs_no_extra(verb: str) -> None:
     done = without_extras(verb, "--help")
     assert (done.returncode, done.stderr) == (0, "")

@@ -23,7 +23,9 @@ TAIL = "horq.tail"  # an AttrStmt around a vector: how many of its lanes there a
 
 def mask_tails(mod: tvm.IRModule) -> tvm.IRModule:
     """The kernels that have vectors with conditions on their lanes, lowered as far as vectors go, those masked."""
-    conditional = {gvar: func for gvar, func in mod.functions_items() if _has_tail(func)}
+    conditional = {
+        gvar: func for gvar, func in mod.functions_items() if isinstance(func, tirx.PrimFunc) and _has_tail(func)
+    }
     if not conditional:
         return mod
     lowered = tvm.ir.transform.Sequential(_flattening())(tvm.IRModule(conditional))

@@ -23,6 +23,7 @@ from horq_tvm.emit.kernels import with_plain_indices
 from horq_tvm.emit.plan import lower as lower_calls
 from horq_tvm.emit.plan import make_plan
 from horq_tvm.emit.standalone import check_interface, count_weights, manifest_room, write_manifest
+from horq_tvm.emit.tails import mask_tails
 from horq_tvm.errors import HorqError
 from horq_tvm.files import replacing
 from horq_tvm.manifest import Manifest
@@ -79,7 +80,8 @@ def virtual_machine(
         with hook or contextlib.nullcontext():
             # A card's kernels go to TVM as they are, so that what is verified through OpenCL is what is compiled.
             module = lowered if hook else with_plain_indices(lowered)
-            executable = relax.build(module, target.tvm_target(), relax_pipeline=_to_bytecode(), tir_pipeline="s_tir")
+            passes = _to_bytecode(on_card=hook is not None)
+            executable = relax.build(module, target.tvm_target(), relax_pipeline=passes, tir_pipeline="s_tir")
         room = manifest_room(manifest)
         _link(executable, compiler, Path(scratch), partial, bytes(room))
         fatbin = hook.made(partial) if hook else None
@@ -87,8 +89,11 @@ def virtual_machine(
         return Written(write_manifest(partial, manifest, room, code), fatbin.uses if fatbin else ())
 
 
-def _to_bytecode() -> tvm.transform.Pass:
-    """The last passes of TVM's own pipeline: what comes before them is done."""
+def _to_bytecode(on_card: bool) -> tvm.transform.Pass:
+    """The last passes of TVM's own pipeline: what comes before them is done.
+
+    Kernels of a CPU have their tails masked behind them, as some look into kernels and know no lowered ones.
+    """
     return tvm.transform.Sequential(
         [
             relax.transform.RewriteDataflowReshape(),
@@ -102,8 +107,15 @@ def _to_bytecode() -> tvm.transform.Pass:
             relax.transform.ComputePrimValue(),
             relax.transform.VMShapeLower(),
             relax.transform.AttachGlobalSymbol(),
+            *([] if on_card else [_MaskTails()]),
         ]
     )
+
+
+@tvm.transform.module_pass(opt_level=0, name="MaskTails")
+class _MaskTails:
+    def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        return mask_tails(mod)
 
 
 @dataclass

@@ -99,7 +99,7 @@ def test_a_mistaken_call_is_one_line_and_exit_code_2(
 
 def test_every_verb_of_the_interface_and_no_other() -> None:
     text = parser().format_help()
-    for verb in ("build", "run", "tune", "bench", "inspect", "targets"):
+    for verb in ("build", "run", "tune", "merge", "bench", "inspect", "targets"):
         assert f"\n    {verb} " in text
 
 

@@ -11,18 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tvm
 from torch import nn
 
 import horq_tvm
 from horq_tvm import targets
 from horq_tvm.cli import main
 from horq_tvm.cuda.fatbin import MAGIC
+from horq_tvm.emit import tails
 from horq_tvm.errors import HorqError, UsageError
 from horq_tvm.runtime.elf import Elf
 from horq_tvm.runtime.loader import LoadedModel, read_manifest
 from horq_tvm.runtime.virtual_machine import VirtualMachineModel
 from tests.cuda import nvcc
 
+virtual_machine = sys.modules["horq_tvm.emit.virtual_machine"]  # the package has a function of this name
 pytestmark = pytest.mark.filterwarnings("ignore:.*not trained for HORQ")
 ORDER = {"order": 2, "scale": "sample"}
 
@@ -59,6 +62,20 @@ def test_on_a_cpu_it_computes_what_a_standalone_library_does(on_cpu: horq_tvm.Co
         [(name, found)], [(_, expected)] = model(image(seed)).items(), other(image(seed)).items()
         assert name == model.outputs[0].name
         np.testing.assert_array_equal(found, expected)
+
+
+def test_tails_of_vectors_are_masked_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head has 10 outputs, which vectors of 8 do not divide."""
+    masked: list[str] = []
+
+    def spy(mod: tvm.IRModule) -> tvm.IRModule:
+        made = tails.mask_tails(mod)
+        masked.extend(gvar.name_hint for gvar, func in made.functions_items() if "llvm.masked" in func.script())
+        return made
+
+    monkeypatch.setattr(virtual_machine, "mask_tails", spy)
+    build("x86-64-v3", emit="tvm")
+    assert masked
 
 
 def test_the_interface_is_the_same(on_cpu: horq_tvm.CompiledModel) -> None:

@@ -10,7 +10,7 @@ pytest.importorskip("tvm")
 
 from tvm import te
 
-from horq_tvm import targets
+from horq_tvm import compiler, targets
 from horq_tvm.tuning.database import Database, Record
 from horq_tvm.tuning.lookup import Lookup
 from horq_tvm.tuning.tasks import workload_key
@@ -48,3 +48,20 @@ def test_only_the_users_own_stale_record_is_reported(tmp_path: Path) -> None:
         assert found.choose(FUNC)("lanes", [16, 32], 16) == 16
         assert not found.of(FUNC)[0]
         assert found.stale == reported
+
+
+def test_a_build_asks_the_cache_and_the_package_but_a_given_database_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = {name: Database.open(tmp_path / name, create=True) for name in ("given", "cache", "package")}
+    stores["package"].append(TARGET, workload_key(FUNC), PICK)
+    monkeypatch.setattr(compiler, "user_database", lambda: stores["cache"])
+    monkeypatch.setattr(compiler, "shipped_database", lambda: stores["package"])
+
+    def chosen(folder: Path | None) -> object:
+        return compiler._lookup(folder, TARGET).choose(FUNC)("lanes", [8, 16], 16)
+
+    assert chosen(None) == 8
+    assert chosen(stores["given"].folder) == 16
+    stores["cache"].append(TARGET, workload_key(FUNC), Record({"lanes": 8}, (1e-3,)))
+    assert chosen(None) == 16
