@@ -82,6 +82,7 @@ class Settings:
     # Runs from before there was a choice have these.
     ste: Ste = "residual"
     beta: Beta = "learned"
+    compile: bool = False
 
     @property
     def label(self) -> str:
@@ -168,7 +169,7 @@ class Images:
         flipped = torch.rand(len(self), generator=drawn)[rows] < 0.5
         images = self._crops[rows, :, y[rows], x[rows]]
         images = torch.where(flipped[:, None, None, None], images.flip(3), images)
-        return self.normalised(images)
+        return self.normalised(images).contiguous(memory_format=torch.channels_last)
 
     def batches(self, epoch: int, size: int) -> list[Tensor]:
         """The rows of an epoch's batches, of which each is whole."""
@@ -258,16 +259,18 @@ def of_pixels(model: nn.Module, data: Images) -> nn.Module:
 class Teacher:
     """The logits of a float network on each view of the training images, computed once and kept in files."""
 
-    def __init__(self, path: Path, network: str, data: Images, folder: Path) -> None:
-        self.model, self._data = restored(path, network).eval(), data
+    def __init__(self, path: Path, network: str, data: Images, folder: Path, bf16: bool) -> None:
+        self.model, self._data, self._bf16 = restored(path, network).eval(), data, bf16
+        self.model.to(memory_format=torch.channels_last)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        self._file = lambda view: folder / f"teacher-{digest}-seed{data.seed}-view{view}.npy"
+        kind = "-bf16" if bf16 else ""
+        self._file = lambda view: folder / f"teacher-{digest}-seed{data.seed}-view{view}{kind}.npy"
 
     def logits(self, view: int) -> Tensor:
         """float32 [N, classes]."""
         path = self._file(view)
         if not path.exists():
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
                 rows = torch.arange(len(self._data)).split(250)
                 found = torch.cat([self.model(self._data.view(view, part)) for part in rows])
             with replacing(path) as partial, partial.open("wb") as file:
@@ -310,10 +313,12 @@ class Trainer:
     def __init__(self, settings: Settings, places: Places, data: Images) -> None:
         self.settings, self.places, self.data = settings, places, data
         torch.manual_seed(settings.seed)
-        self.model = network_of(settings)
+        # oneDNN's convolutions take channels last: from any other layout they copy in and out.
+        self.model = network_of(settings).to(memory_format=torch.channels_last)
+        self._trained: nn.Module = self.model
         self.history: list[dict[str, float]] = []
         self._checkpoint = places.file(settings, ".pt")
-        self.teacher = places.teacher and Teacher(places.teacher, settings.network, data, places.out)
+        self.teacher = places.teacher and Teacher(places.teacher, settings.network, data, places.out, settings.bf16)
         if places.start and not self._checkpoint.exists():
             # All but β where the orders differ, which the first batch fits anew.
             warm_start(self.model, restored(places.start, settings.network).state_dict())
@@ -366,7 +371,7 @@ class Trainer:
                 group["lr"] = settings.rate * rate_at(progress)
                 group["weight_decay"] = group["weight_decay"] if progress < DECAY_UNTIL else 0.0
             with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
-                scores = self.model(self.data.view(view, rows))
+                scores = self._trained(self.data.view(view, rows))
             soft = None if taught is None else taught[rows]
             loss = loss_of(scores.float(), self.data.labels[rows], soft, settings.soft)
             if not torch.isfinite(loss):
@@ -375,6 +380,9 @@ class Trainer:
             loss.backward()
             self.optimiser.step()
             total += loss.item()
+            if settings.compile and self._trained is self.model:
+                # Not before the first step, which fits β: from there on nothing in a step depends on values.
+                self._trained = torch.compile(self.model, dynamic=False)
             advance()
         return total / len(batches)
 
@@ -497,6 +505,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--decay", type=float, default=1e-2, help="weight decay, 0 in the last quarter (default: 0.01)")
     add("--views", type=int, default=8, help="augmented views of an image before they repeat (default: 8)")
     add("--bf16", action="store_true", help="autocast convolutions to bfloat16 in training")
+    add("--compile", action="store_true", help="fuse what lies between convolutions (torch.compile; needs g++)")
     add("--threads", type=int, default=os.cpu_count(), help="of PyTorch (default: all cores)")
     return parser.parse_args(argv)
 

@@ -24,6 +24,7 @@ LAYERS = {
     "mnist": (1, 1, 1),
     "vgg_small": (5, 0, 1),
     "resnet20": (18, 0, 1 + 2),
+    "resnet10": (8, 0, 1 + 3),
     "resnet18": (16, 0, 1 + 3),
     "quicknet": (16, 0, 3 + 3),
 }

@@ -68,9 +68,14 @@ def quantise(x: Tensor, beta: Tensor) -> Tensor:
     plane = total
     for i, scale in enumerate(beta[1:]):
         residual.sub_(plane)
-        plane = torch.copysign(scale, residual, out=plane if i else torch.empty_like(residual))
+        plane = _copysign(scale, residual, plane if i else torch.empty_like(residual))
         total.add_(plane)
     return total
+
+
+def _copysign(scale: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """scale·sign(x) into `out`, unless a compiler is to find its own places."""
+    return torch.copysign(scale, x) if torch.compiler.is_compiling() else torch.copysign(scale, x, out=out)
 
 
 def _plane_sums(grad: Tensor, x: Tensor, beta: Tensor) -> Tensor:
@@ -78,7 +83,7 @@ def _plane_sums(grad: Tensor, x: Tensor, beta: Tensor) -> Tensor:
     residual, sums = x.float() + 0.0, []
     plane = torch.empty_like(residual)
     for i, scale in enumerate(beta):
-        torch.copysign(scale, residual, out=plane)
+        plane = _copysign(scale, residual, plane)
         if i < len(beta) - 1:
             residual.sub_(plane)
         sums.append(plane.mul_(grad).sum() / scale.squeeze())

@@ -136,6 +136,24 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path: Path, words: tuple
     assert [r["loss"] for r in second.history] == [r["loss"] for r in whole.history]
 
 
+def test_compiled_training_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without code generation, which needs a compiler: what is traced is trained. The first step is not, it fits β."""
+    steps, compile_ = [], torch.compile
+
+    def traced(model: nn.Module, **options: Any) -> Any:
+        compiled = compile_(model, backend="aot_eager", **options)
+        return lambda images: steps.append(1) or compiled(images)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    names = {"dataset": "cifar10", "network": "resnet20"}
+    plain = _run(tmp_path / "plain", "--order", "2", **names)
+    result = _run(tmp_path / "compiled", "--order", "2", "--compile", **names)
+    assert result["command"].endswith(" --compile")
+    assert len(steps) == 2 * (TRAIN // 32) - 1
+    for found, expected in zip(result["history"], plain["history"], strict=True):
+        assert math.isclose(found["loss"], expected["loss"], rel_tol=1e-2)
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     first = _run(tmp_path, "--order", "2")
     assert _run(tmp_path, "--order", "2")["history"] == first["history"]
@@ -183,7 +201,7 @@ def test_teacher_speaks_of_the_same_view(tmp_path: Path) -> None:
     names = {"dataset": "cifar10", "network": "resnet20"}
     _run(tmp_path, "--order", "float", **names)
     data = _data()
-    teacher = train.Teacher(tmp_path / "resnet20-float-seed0.pt", "resnet20", data, tmp_path)
+    teacher = train.Teacher(tmp_path / "resnet20-float-seed0.pt", "resnet20", data, tmp_path, bf16=False)
     rows = torch.tensor([7, 300, 12])
     with torch.no_grad():
         expected = teacher.model(data.view(1, rows))

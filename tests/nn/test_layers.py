@@ -286,6 +286,23 @@ def test_gradients_follow_the_formulas(scale: str, order: int) -> None:
         torch.testing.assert_close(layer.beta.grad, (planes * quantised.grad).flatten(1).sum(1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", ["sample", "static"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_compiled_training_is_one_graph_and_the_same(scale: Scale, order: int) -> None:
+    """With β there, nothing in a training step makes `torch.compile` fall back to Python."""
+    torch.compiler.reset()
+    layer = HorqConv2d(6, 4, 3, 2, 1, order=order, scale=scale)
+    x, cotangent = _random(2, 6, 8, 8, scale=1.5), _random(2, 4, 4, 4, seed=3)
+    _fitted(layer, x).train()
+    expected_x = _backward(layer, x, cotangent)
+    expected = {name: value.grad.clone() for name, value in layer.named_parameters()}
+    layer.zero_grad()
+    found_x = _backward(torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager"), x, cotangent)
+    torch.testing.assert_close(found_x, expected_x)
+    for name, value in layer.named_parameters():
+        torch.testing.assert_close(value.grad, expected[name])
+
+
 def test_gradient_of_beta_is_that_of_finite_differences() -> None:
     """Between two changes of a sign the output is linear in β, so that a difference quotient is the derivative."""
     torch.manual_seed(0)
