@@ -1,8 +1,10 @@
 """`python -m benchmarks.training`: what a training step of a HORQ network costs against the float one.
 
-    python -m benchmarks.training [--network resnet20] [--orders 1,2] [--batch 64] [--threads 2] [--bf16] [--json FILE]
+    python -m benchmarks.training [--network resnet20] [--orders 1,2] [--batch 64] [--threads 2] [--bf16] [--compile]
+        [--json FILE]
 
-A step is forward, loss, backward and AdamW, on images that are there already. All variants are timed in turn.
+A step is forward, loss, backward and AdamW, channels last, on images that are there already. All variants are timed in
+turn.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -27,17 +30,28 @@ from .command import deliver, execute
 Record = dict[str, Any]
 
 
-def step(network: str, order: zoo.Order, scale: str, batch: int, bf16: bool) -> Callable[[], None]:
-    """A training step on seeded normal images; its first call fits β where there is one to fit."""
+@dataclass(frozen=True)
+class How:
+    """How a step is taken: so many images at once, convolutions in bfloat16 or float32, with torch.compile or not."""
+
+    batch: int
+    bf16: bool
+    compile: bool
+
+
+def step(network: str, order: zoo.Order, scale: str, how: How) -> Callable[[], None]:
+    """A training step on seeded normal images; β has been fitted to them where there is one to fit."""
     torch.manual_seed(0)
-    model = zoo.build(network, order, scale).train()
+    model = zoo.build(network, order, scale).train().to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    images = zoo.example(network, batch)
-    labels = torch.randint(zoo.architecture(network).classes, (batch,))
+    images = zoo.example(network, how.batch).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(zoo.architecture(network).classes, (how.batch,))
+    model(images)
+    forward = torch.compile(model, dynamic=False) if how.compile else model
 
     def run() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            scores = model(images)
+        with torch.autocast("cpu", torch.bfloat16, enabled=how.bf16):
+            scores = forward(images)
         loss = F.cross_entropy(scores.float(), labels)
         optimiser.zero_grad()
         loss.backward()
@@ -46,13 +60,13 @@ def step(network: str, order: zoo.Order, scale: str, batch: int, bf16: bool) -> 
     return run
 
 
-def measure(network: str, orders: Sequence[int], batch: int, bf16: bool, seconds: float) -> list[Record]:
+def measure(network: str, orders: Sequence[int], how: How, seconds: float) -> list[Record]:
     """One record a variant: float, binary weights, and every order with every scale."""
     variants: list[tuple[zoo.Order, str | None]] = [("float", None), ("bw", None)]
     variants += [(order, scale) for order in orders for scale in SCALES]
-    calls = {f"{order} {scale}": step(network, order, scale or "static", batch, bf16) for order, scale in variants}
+    calls = {f"{order} {scale}": step(network, order, scale or "static", how) for order, scale in variants}
     times = interleaved(calls, seconds)
-    common = {"network": network, "engine": "pytorch", "batch": batch, "threads": torch.get_num_threads(), "bf16": bf16}
+    common = {"network": network, "engine": "pytorch", **asdict(how), "threads": torch.get_num_threads()}
     return [
         {
             **common,
@@ -84,6 +98,7 @@ def parser() -> options.Parser:
     top.add_argument("--orders", type=arguments.orders, default=(1, 2), metavar="1,2", help="planes K (default: 1,2)")
     top.add_argument("--batch", type=arguments.count, default=64, metavar="N", help="images a step (default: 64)")
     top.add_argument("--bf16", action="store_true", help="autocast convolutions to bfloat16")
+    top.add_argument("--compile", action="store_true", help="with torch.compile (needs g++)")
     top.add_argument(
         "--seconds", type=arguments.seconds, default=2.0, metavar="S", help="how long to time each variant (default: 2)"
     )
@@ -98,7 +113,10 @@ def run(given: argparse.Namespace) -> None:
     zoo.architecture(given.network)  # a mistake is told before the work
     keep_freed_memory()
     torch.set_num_threads(given.threads)
-    records = measure(given.network, given.orders, given.batch, given.bf16, given.seconds)
+    # All variants of a network share its code, of which PyTorch would keep eight compiled forms.
+    torch._dynamo.config.recompile_limit = 256
+    how = How(given.batch, given.bf16, given.compile)
+    records = measure(given.network, given.orders, how, given.seconds)
     deliver(records, given.json, table)
 
 

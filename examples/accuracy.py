@@ -101,7 +101,7 @@ class Measured:
             elif "engine" in record and "outside" in record:
                 self.layers[f"{record['network']}: {record['engine']}"] = record
             else:
-                key = ("network", "order", "scale", "bf16", "batch", "threads")
+                key = ("network", "order", "scale", "bf16", "batch", "threads", "compile")
                 self.steps[" ".join(str(record[part]) for part in key)] = record
 
 
@@ -275,16 +275,17 @@ def layers(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def steps(records: Sequence[dict[str, Any]]) -> list[str]:
-    """A row a variant, two columns for convolutions in float32 and in bfloat16: its time as a multiple of float's."""
+    """A row a variant, a column a setting: its time, and as a multiple of float's."""
     if not records:
         return ["No results yet."]
-    kinds = sorted({(r["network"], r["batch"], r["threads"], r["bf16"]) for r in records})
+    parts = ("network", "batch", "threads", "bf16", "compile")
+    kinds = sorted({tuple(r[part] for part in parts) for r in records})
     heads = [
-        f"{n}, batch {b}, {t} thread{'s' * (t > 1)}, {'bfloat16' if half else 'float32'}" for n, b, t, half in kinds
+        f"{n}, batch {b}, {t} thread{'s' * (t > 1)}, {'bfloat16' if half else 'float32'}{', compiled' * compiled}"
+        for n, b, t, half, compiled in kinds
     ]
     rows = ["| a training step | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(kinds)]
-    parts = ("network", "batch", "threads", "bf16", "order", "scale")
-    times = {tuple(r[part] for part in parts): r["median_ms"] for r in records}
+    times = {tuple(r[part] for part in (*parts, "order", "scale")): r["median_ms"] for r in records}
     # In the order in which they were timed, float first.
     for order, scale in dict.fromkeys((r["order"], r["scale"]) for r in records):
         name = f"K={order}, {scale}" if scale else {"bw": "binary weights, float activations"}.get(order, order)

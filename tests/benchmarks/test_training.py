@@ -44,7 +44,7 @@ def test_a_step_moves_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     models = []
     build = zoo.build
     monkeypatch.setattr(zoo, "build", lambda *call: models.append(build(*call)) or models[0])
-    step = training.step("mnist", 2, "static", 4, bf16=False)
+    step = training.step("mnist", 2, "static", training.How(4, bf16=False, compile=False))
     before = {name: value.clone() for name, value in models[0].named_parameters()}
     step()
     assert all(not torch.equal(before[name], value) for name, value in models[0].named_parameters())

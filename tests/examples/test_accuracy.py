@@ -211,18 +211,19 @@ def test_engines_and_steps(docs: Path, tmp_path: Path) -> None:
     signs = {"signs": 2_000_000, "doubtful": 7, "differing": 3, "wrong": 1}
     outputs = {"outputs": 1000, "outside": 0, "worst": 0.5, "means": 1e-7}
     engines.append({"network": "n", "engine": "b", "images": 200, **signs, **outputs})
-    common = {"network": "n", "batch": 64, "threads": 1, "bf16": False}
+    common = {"network": "n", "batch": 64, "threads": 1, "bf16": False, "compile": False}
     variants = [("float", None, 10.0), ("bw", None, 11.0), (2, "patch", 25.0)]
     steps = [{**common, "order": order, "scale": scale, "median_ms": ms} for order, scale, ms in variants]
+    steps += [{**steps[0], "compile": True, "median_ms": 5.0}]
     files = _files(tmp_path, {"engines": engines, "steps": steps, **RESULTS})
     accuracy.update(files, docs)
     page = (docs / "accuracy.md").read_text()
     assert "| n | a and b | 99.50 % | 2.00 % | 196 of 196, 2.0e-07 |" in page
     assert "| n | b | 2.00e+06 | 7 | 2 | 1 | 1.00e+03 | 0 | 0.50 |" in page
-    assert "| a training step | n, batch 64, 1 thread, float32 |" in page
-    assert "| float | 10 ms (1.00 ×) |" in page
-    assert "| binary weights, float activations | 11 ms (1.10 ×) |" in page
-    assert "| K=2, patch | 25 ms (2.50 ×) |" in page
+    assert "| a training step | n, batch 64, 1 thread, float32 | n, batch 64, 1 thread, float32, compiled |" in page
+    assert "| float | 10 ms (1.00 ×) | 5 ms (1.00 ×) |" in page
+    assert "| binary weights, float activations | 11 ms (1.10 ×) | – |" in page
+    assert "| K=2, patch | 25 ms (2.50 ×) | – |" in page
     accuracy.update(_files(tmp_path, {"engines": [{**engines[0], "flipped": 2}]}), docs)
     assert "| n | a and b | 99.50 % | 1.00 % | 196 of 198, 2.0e-07 |" in (docs / "accuracy.md").read_text()
 
