@@ -9,6 +9,7 @@ goes, and what the vector's statements read and write of the kernel's operands b
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import tvm
@@ -18,6 +19,7 @@ from tvm.ir import Call, TensorLoad
 
 from horq_tvm.errors import HorqError
 
+Rows = dict[str, set[int]]
 TAIL = "horq.tail"  # an AttrStmt around a vector: how many of its lanes there are
 
 
@@ -28,23 +30,34 @@ def mask_tails(mod: tvm.IRModule) -> tvm.IRModule:
     }
     if not conditional:
         return mod
-    lowered = tvm.ir.transform.Sequential(_flattening())(tvm.IRModule(conditional))
+    lowered = tvm.ir.transform.Sequential(_lowering())(tvm.IRModule(conditional))
+    rows = {gvar.name_hint: _rows(func) for gvar, func in lowered.functions_items()}
+    lowered = tvm.ir.transform.Sequential(_flattening())(lowered)
     lowered = _each(lowered, _peel)
     lowered = s_tir.transform.StmtSimplify()(lowered)
     lowered = _each(lowered, _mark)
     lowered = tirx.transform.VectorizeLoop(True)(lowered)
-    lowered = tirx.transform.ConvertSSA()(_each(lowered, _mask))  # a copied body allocates what is its own
-    rest = {gvar: func for gvar, func in mod.functions_items() if gvar not in conditional}
-    return tvm.IRModule({**rest, **dict(lowered.functions_items())}, attrs=mod.attrs)
+    masked = {gvar: _mask(func, rows[gvar.name_hint]) for gvar, func in lowered.functions_items()}
+    lowered = tvm.IRModule(masked, attrs=mod.attrs)
+    lowered = tirx.transform.ConvertSSA()(lowered)  # a copied body allocates what is its own
+    done = mod.clone()
+    done.update(lowered)
+    return done
 
 
-def _flattening() -> list[tvm.transform.Pass]:
-    """What TVM's own pipeline does to a kernel of a CPU between its blocks and its vectors."""
+def _lowering() -> list[tvm.transform.Pass]:
+    """What TVM's own pipeline does to a kernel of a CPU, from its blocks to where buffers still have their axes."""
     return [
         s_tir.transform.CompactBufferAllocation(),
         s_tir.transform.LowerMatchBuffer(),
         s_tir.transform.StmtSimplify(),
         s_tir.transform.LowerOpaqueBlock(),
+    ]
+
+
+def _flattening() -> list[tvm.transform.Pass]:
+    """And on from there to its vectors."""
+    return [
         tirx.transform.FlattenBuffer(),
         tirx.transform.NarrowDataType(32),
         s_tir.transform.LoopPartition(),
@@ -126,9 +139,9 @@ def _peel(func: tirx.PrimFunc) -> tirx.PrimFunc:
         tvm_ffi.structural_walk(loop.body, (tirx.For, look))
         if not any(_uses(limit, loop.loop_var) for limit in limits):
             return loop
-        last = tirx.const(int(loop.extent) - 1, str(loop.loop_var.ty.dtype))
-        but_last = tirx.For(loop.loop_var, loop.min, last, loop.kind, loop.body, annotations=loop.annotations)
-        return tirx.SeqStmt([but_last, _replace(loop.body, loop.loop_var, last)])
+        turns = tirx.const(int(loop.extent) - 1, str(loop.loop_var.ty.dtype))
+        but_last = tirx.For(loop.loop_var, loop.min, turns, loop.kind, loop.body, annotations=loop.annotations)
+        return tirx.SeqStmt([but_last, _replace(loop.body, loop.loop_var, loop.min + turns)])
 
     return func.with_body(tvm_ffi.structural_mutate(func.body, (tirx.For, visit)))
 
@@ -147,6 +160,8 @@ def _mark(func: tirx.PrimFunc) -> tirx.PrimFunc:
         if not _becomes_vectors(vector):
             return mutator.default_mutate(loop)
         marked: tirx.Stmt = tirx.AttrStmt(loop.loop_var, TAIL, limit, vector)
+        if _reads_by_vector(vector, limit):
+            rest = [*rest, limit > 0]
         for term in rest:
             marked = tirx.IfThenElse(term, marked, None)
         return marked
@@ -155,7 +170,10 @@ def _mark(func: tirx.PrimFunc) -> tirx.PrimFunc:
 
 
 def _side_by_side(loop: tirx.For) -> bool:
-    """Whether a mask fits: stores are to elements side by side, loads too, or from one element for all lanes."""
+    """Whether a mask fits: stores are to elements side by side, loads too, or from one element for all lanes.
+
+    Lanes that a mask leaves out hold 0, which an integer must not be divided by.
+    """
     indices: list[tuple[tirx.Expr, bool]] = []
     buffers: list[tirx.Buffer] = []
 
@@ -166,6 +184,8 @@ def _side_by_side(loop: tirx.For) -> bool:
     tvm_ffi.structural_walk(loop.body.then_case, ((TensorLoad, look), (tirx.BufferStore, look)))
     if any(str(buffer.dtype) == "bool" for buffer in buffers):
         return False  # a byte in memory, a bit in a vector
+    if any(_uses(divisor, loop.loop_var) for divisor in _divisors(loop.body.then_case)):
+        return False
     next_lane = loop.loop_var + tirx.const(1, str(loop.loop_var.ty.dtype))
     analyzer = sym.Analyzer()
 
@@ -173,6 +193,32 @@ def _side_by_side(loop: tirx.For) -> bool:
         return bool(analyzer.can_prove_equal(_replace(index, loop.loop_var, next_lane) - index, stride))
 
     return all(step_is(i, 1) or (not stored and step_is(i, 0)) for i, stored in indices)
+
+
+def _divisors(stmt: tirx.Stmt) -> list[tirx.Expr]:
+    """What integers are divided by."""
+    found: list[tirx.Expr] = []
+
+    def look(division: Any) -> None:
+        if "int" in str(division.ty.dtype):
+            found.append(division.b)
+
+    kinds = (tirx.Div, tirx.Mod, tirx.FloorDiv, tirx.FloorMod)
+    tvm_ffi.structural_walk(stmt, tuple((kind, look) for kind in kinds))
+    return found
+
+
+def _reads_by_vector(vector: tirx.For, limit: tirx.Expr) -> bool:
+    """Whether something is read once a vector that may lie beyond the end where none of its lanes is left."""
+    variables: list[tirx.Var] = []
+    tvm_ffi.structural_walk(limit, (tirx.Var, lambda var: variables.append(var)))
+    once: list[tirx.Expr] = []
+
+    def look(load: TensorLoad) -> None:
+        once.extend(index for index in load.indices if not _uses(index, vector.loop_var))
+
+    tvm_ffi.structural_walk(vector.body, (TensorLoad, look))
+    return any(_uses(index, variable) for index in once for variable in variables)
 
 
 def _becomes_vectors(loop: tirx.For) -> bool:
@@ -185,25 +231,27 @@ def _becomes_vectors(loop: tirx.For) -> bool:
 
 
 def _stores_vectors(stmt: tirx.Stmt) -> bool:
-    """Of what was side by side: whether every store is one of a vector."""
+    """Of what was side by side: whether every store is one of a vector, and nothing is there but stores."""
     scalar: list[bool] = []
 
     def look(store: tirx.BufferStore) -> None:
         scalar.append(not isinstance(store.indices[-1], tirx.Ramp))
 
-    tvm_ffi.structural_walk(stmt, (tirx.BufferStore, look))
+    tvm_ffi.structural_walk(stmt, ((tirx.BufferStore, look), (tirx.Evaluate, lambda _: scalar.append(True))))
     return not any(scalar)
 
 
-def _mask(func: tirx.PrimFunc) -> tirx.PrimFunc:
+def _mask(func: tirx.PrimFunc, rows: Rows) -> tirx.PrimFunc:
     """The marks go, and what is inside of them reads and writes no more than there is."""
-    own = _allocated(func)
+    own = _memories(func, rows)
 
     def visit(mark: tirx.AttrStmt, mutator: Any) -> tirx.Stmt:
         if mark.attr_key != TAIL:
             return mutator.default_mutate(mark)
         if not _stores_vectors(mark.body):
-            raise HorqError(f"kernel {func.attrs['global_symbol']}: TVM made no vectors of\n{mark.body}")
+            raise HorqError(
+                f"kernel {func.attrs['global_symbol']}: TVM made no vectors of a loop with {mark.value} lanes"
+            )
         masked = (
             (TensorLoad, lambda load: _masked_load(load, mark.value, own)),
             (tirx.BufferStore, lambda store: _masked_store(store, mark.value, own)),
@@ -213,27 +261,87 @@ def _mask(func: tirx.PrimFunc) -> tirx.PrimFunc:
     return func.with_body(tvm_ffi.structural_mutate(func.body, (tirx.AttrStmt, visit)))
 
 
-def _allocated(func: tirx.PrimFunc) -> list[tirx.Buffer]:
-    """The memory that is the kernel's own."""
-    found: list[tirx.Buffer] = []
-    tvm_ffi.structural_walk(func.body, (tirx.AllocBuffer, lambda alloc: found.append(alloc.buffer)))
+@dataclass(frozen=True)
+class Memory:
+    """A kernel's own memory, the lengths of its rows, and whether it is written in vectors alone, each with room.
+
+    A vector has room that begins at a multiple of its lanes in rows that are multiples of them: one that reaches past
+    the last channel ends in its row. It may be read whole there. It may be written whole if nothing else is kept there,
+    which is so where all that is written are such vectors. A mask would keep an accumulator from staying in a register.
+    """
+
+    buffer: tirx.Buffer
+    rows: frozenset[int]
+    vectors: bool
+
+
+def _rows(func: tirx.PrimFunc) -> Rows:
+    """While a kernel's own memory has its axes: the innermost of more than one element, by the memory's name."""
+    found: Rows = {}
+
+    def look(alloc: tirx.AllocBuffer) -> None:
+        extents = [int(extent) for extent in alloc.buffer.shape if int(extent) > 1]
+        found.setdefault(alloc.buffer.name, set()).add(extents[-1] if extents else 1)
+
+    tvm_ffi.structural_walk(func.body, (tirx.AllocBuffer, look))
     return found
 
 
-def _span(access: Any, buffer: tirx.Buffer, own: list[tirx.Buffer]) -> tuple[tirx.Expr, int] | None:
-    """First index and lanes of an access that has to be masked; None for a scalar, and where whole vectors have room.
+def _memories(func: tirx.PrimFunc, rows: Rows) -> list[Memory]:
+    """The kernel's own memory with the lanes that it is written in."""
+    allocated: list[tirx.Buffer] = []
+    stores: list[tirx.BufferStore] = []
+    looks = (
+        (tirx.AllocBuffer, lambda alloc: allocated.append(alloc.buffer)),
+        (tirx.BufferStore, lambda store: stores.append(store)),
+    )
+    tvm_ffi.structural_walk(func.body, looks)
 
-    A mask would keep an accumulator from staying in a register.
-    """
+    def memory(buffer: tirx.Buffer) -> Memory:
+        written = [store.indices[-1] for store in stores if store.buffer.same_as(buffer)]
+        own = frozenset(rows[buffer.name])
+        return Memory(buffer, own, all(_has_room(index, own) for index in written))
+
+    return [memory(buffer) for buffer in allocated]
+
+
+def _has_room(index: tirx.Expr, rows: frozenset[int]) -> bool:
+    """Whether it is a vector's, and that begins at a multiple of its lanes in rows that are multiples of them."""
+    if not isinstance(index, tirx.Ramp):
+        return False
+    lanes, known = int(index.lanes), sym.Analyzer().modular_set(index.base)
+    return all(number % lanes == 0 for number in (int(known.coeff), int(known.base), *rows))
+
+
+@dataclass(frozen=True)
+class Span:
+    """What an access that has to be masked touches."""
+
+    buffer: tirx.Buffer
+    first: tirx.Expr
+    lanes: int
+    own: bool
+
+    def address(self, how: int) -> tirx.Expr:
+        """Where it begins, to be read (1) or written (2).
+
+        Of a kernel's own memory it has to say how far it goes: TVM cuts that to what it sees touched. Operands are as
+        long as they are, and of an element's address TVM knows that equal ones need not be read again.
+        """
+        if self.own:
+            return tirx.tvm_access_ptr(self.buffer.dtype, self.buffer.data, self.first, self.lanes, how)
+        return tirx.address_of(tirx.BufferLoad(self.buffer, [self.first]))
+
+
+def _span(access: Any, buffer: tirx.Buffer, memories: list[Memory]) -> Span | None:
+    """What has to be masked of an access; None for a scalar, and where whole vectors have room."""
     (index,) = access.indices
     if not isinstance(index, tirx.Ramp):
         return None
-    lanes = int(index.lanes)
-    if any(buffer.same_as(memory) for memory in own) and int(buffer.shape[0]) % lanes == 0:
-        aligned = sym.Analyzer().modular_set(index.base)
-        if int(aligned.coeff) % lanes == 0 and int(aligned.base) % lanes == 0:
-            return None
-    return index.base, lanes
+    own = [memory for memory in memories if memory.buffer.same_as(buffer)]
+    if own and _has_room(index, own[0].rows) and (own[0].vectors or isinstance(access, TensorLoad)):
+        return None
+    return Span(buffer, index.base, int(index.lanes), bool(own))
 
 
 def _mask_of(limit: tirx.Expr, lanes: int) -> tirx.Expr:
@@ -241,23 +349,24 @@ def _mask_of(limit: tirx.Expr, lanes: int) -> tirx.Expr:
     return tirx.Ramp(tirx.const(0, dtype), tirx.const(1, dtype), lanes) < tirx.Broadcast(limit, lanes)
 
 
-def _masked_load(load: TensorLoad, limit: tirx.Expr, own: list[tirx.Buffer]) -> tirx.Expr:
-    span = _span(load, load.source, own)
+def _address(buffer: tirx.Buffer, first: tirx.Expr, lanes: int, how: str) -> tirx.Expr:
+    """Where a vector begins. It says how long that is: TVM cuts a kernel's own memory to what it sees touched."""
+    return tirx.tvm_access_ptr(buffer.dtype, buffer.data, first, lanes, {"r": 1, "w": 2}[how])
+
+
+def _masked_load(load: TensorLoad, limit: tirx.Expr, memories: list[Memory]) -> tirx.Expr:
+    span = _span(load, load.source, memories)
     if span is None:
         return load
-    first, lanes = span
     dtype = str(load.source.dtype)
-    address = tirx.address_of(tirx.BufferLoad(load.source, [first]))
-    nothing = tirx.Broadcast(tirx.const(0, dtype), lanes)
-    mask = _mask_of(limit, lanes)
-    return tirx.call_llvm_pure_intrin(f"{dtype}x{lanes}", "llvm.masked.load", address, mask, nothing)
+    nothing = tirx.Broadcast(tirx.const(0, dtype), span.lanes)
+    mask = _mask_of(limit, span.lanes)
+    return tirx.call_llvm_pure_intrin(f"{dtype}x{span.lanes}", "llvm.masked.load", span.address(1), mask, nothing)
 
 
-def _masked_store(store: tirx.BufferStore, limit: tirx.Expr, own: list[tirx.Buffer]) -> tirx.Stmt:
-    span = _span(store, store.buffer, own)
+def _masked_store(store: tirx.BufferStore, limit: tirx.Expr, memories: list[Memory]) -> tirx.Stmt:
+    span = _span(store, store.buffer, memories)
     if span is None:
         return store
-    first, lanes = span
-    address = tirx.address_of(tirx.BufferLoad(store.buffer, [first]))
-    call = tirx.call_llvm_intrin("void", "llvm.masked.store", store.value, address, _mask_of(limit, lanes))
-    return tirx.Evaluate(call)
+    mask = _mask_of(limit, span.lanes)
+    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", store.value, span.address(2), mask))

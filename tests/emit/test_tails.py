@@ -15,12 +15,14 @@ pytest.importorskip("tvm")
 
 import tvm
 from tvm import s_tir, te
+from tvm.script import tirx as T
 
 from horq_tvm import targets
 from horq_tvm.emit.kernels import compile_kernels
 from horq_tvm.emit.tails import mask_tails
 
 ROWS = 16  # of any number of floats take whole cache lines, which kernels expect operands to begin with
+FEW = 4  # what a kernel has of its own fits on its stack
 PAGE = mmap.PAGESIZE
 
 
@@ -45,6 +47,51 @@ def affine(channels: int, lanes: int, rolled: bool = True) -> tvm.tirx.PrimFunc:
     sch.vectorize(cv)
     if not rolled:
         sch.unroll(co)
+    (func,) = sch.mod.functions.values()
+    return func
+
+
+def staged(channels: int, lanes: int) -> tvm.tirx.PrimFunc:
+    """y = x·w + (x + w), both summands through memory of the kernel's own, whose rows are no multiple of the lanes."""
+    x, w = te.placeholder((FEW, channels), name="x"), te.placeholder((channels,), name="w")
+    t = te.compute((FEW, channels), lambda r, c: x[r, c] * w[c], name="t")
+    u = te.compute((FEW, channels), lambda r, c: x[r, c] + w[c], name="u")
+    y = te.compute((FEW, channels), lambda r, c: t[r, c] + u[r, c], name="y")
+    sch = s_tir.Schedule(te.create_prim_func([x, w, y]))
+    for name in ("t", "u", "y"):
+        sch.vectorize(sch.split(sch.get_loops(sch.get_sblock(name))[-1], [None, lanes])[1])
+    (func,) = sch.mod.functions.values()
+    return func
+
+
+@T.prim_func(private=True, s_tir=True)
+def backwards(x: T.Buffer((2, 24), "float32"), y: T.Buffer((2, 24), "float32")):
+    """y[r, c] = 2·(x[r, 23 - c] + 1), row 1 put down before row 0, whose second vector of 16 reaches into it."""
+    t = T.sblock_alloc_buffer((2, 24), "float32")
+    for f in T.serial(2):
+        for v in T.vectorized(16):
+            with T.sblock("second"):
+                c = T.axis.spatial(24, f * 16 + v)
+                T.where(f * 16 + v < 24)
+                t[1, c] = x[1, c] + T.float32(1)
+    for f in T.serial(2):
+        for v in T.vectorized(16):
+            with T.sblock("first"):
+                c = T.axis.spatial(24, f * 16 + v)
+                T.where(f * 16 + v < 24)
+                t[0, c] = x[0, c] + T.float32(1)
+    for i, j in T.grid(2, 24):
+        with T.sblock("y"):
+            r, c = T.axis.remap("SS", [i, j])
+            y[r, c] = t[r, 23 - c] * T.float32(2)
+
+
+def divided(channels: int, lanes: int) -> tvm.tirx.PrimFunc:
+    """y[r, c] = x[r, c] / w[c] of integers."""
+    x, w = te.placeholder((ROWS, channels), "int32", name="x"), te.placeholder((channels,), "int32", name="w")
+    y = te.compute((ROWS, channels), lambda r, c: tvm.tirx.truncdiv(x[r, c], w[c]), name="y")
+    sch = s_tir.Schedule(te.create_prim_func([x, w, y]))
+    sch.vectorize(sch.split(sch.get_loops(sch.get_sblock("y"))[1], [None, lanes])[1])
     (func,) = sch.mod.functions.values()
     return func
 
@@ -77,10 +124,34 @@ def test_numbers_up_to_the_last_channel(channels: int, lanes: int, rolled: bool,
     kernel = load(affine(channels, lanes, rolled), tmp_path)
     rng = np.random.default_rng(0)
     x, w = (rng.integers(-9, 9, shape).astype("float32") for shape in ((ROWS, channels), (channels,)))
-    y = np.full(ROWS * channels + 16, 7, "float32")
-    out = tvm.runtime.tensor(y[: ROWS * channels].reshape(ROWS, channels))
+    out = tvm.runtime.tensor(np.zeros((ROWS, channels), "float32"))
     kernel["k"](tvm.runtime.tensor(x), tvm.runtime.tensor(w), out)
     np.testing.assert_array_equal(out.numpy(), x * w + 1)
+
+
+@pytest.mark.parametrize(("channels", "lanes"), [(13, 16), (29, 8), (29, 16)])
+def test_memory_of_the_kernels_own_stays_as_large_as_its_vectors(channels: int, lanes: int, tmp_path: Path) -> None:
+    kernel = load(staged(channels, lanes), tmp_path)
+    rng = np.random.default_rng(0)
+    x, w = (rng.integers(-9, 9, shape).astype("float32") for shape in ((FEW, channels), (channels,)))
+    out = tvm.runtime.tensor(np.zeros((FEW, channels), "float32"))
+    kernel["k"](tvm.runtime.tensor(x), tvm.runtime.tensor(w), out)
+    np.testing.assert_array_equal(out.numpy(), x * w + x + w)
+
+
+def test_a_row_of_the_kernels_own_memory_is_not_written_into_the_next(tmp_path: Path) -> None:
+    kernel = load(backwards, tmp_path)
+    x = np.arange(48, dtype="float32").reshape(2, 24)
+    out = tvm.runtime.tensor(np.zeros((2, 24), "float32"))
+    kernel["k"](tvm.runtime.tensor(x), out)
+    np.testing.assert_array_equal(out.numpy(), 2 * (x[:, ::-1] + 1))
+
+
+def test_lanes_that_are_not_there_divide_by_nothing() -> None:
+    """They hold 0, and an integer's division by it ends the process: the condition stays."""
+    text = str(mask_tails(_plain(divided(29, 16))).script())
+    assert "llvm.masked" not in text
+    assert "< 13:" in text
 
 
 CRASHES = """
