@@ -307,6 +307,12 @@ def loss_of(scores: Tensor, labels: Tensor, taught: Tensor | None, soft: float) 
     return (1 - soft) * hard + soft * TEMPERATURE**2 * distance
 
 
+def _one_graph(model: nn.Module) -> nn.Module:
+    """The model compiled whole; what PyTorch cannot trace is an error rather than slow."""
+    compiled: nn.Module = torch.compile(model, dynamic=False, fullgraph=True)
+    return compiled
+
+
 class Trainer:
     """One run from its settings to its files; `epochs` may be left at any time and comes back to the last whole one."""
 
@@ -338,6 +344,8 @@ class Trainer:
         self.model.load_state_dict(found["model"])
         self.optimiser.load_state_dict(found["optimiser"])
         self.history = found["history"]
+        if self.settings.compile:
+            self._trained = _one_graph(self.model)
 
     def epochs(self, advance: Any) -> Iterator[dict[str, float]]:
         """The epochs that are left; each yields its record once it is on disk."""
@@ -382,7 +390,7 @@ class Trainer:
             total += loss.item()
             if settings.compile and self._trained is self.model:
                 # Not before the first step, which fits β: from there on nothing in a step depends on values.
-                self._trained = torch.compile(self.model, dynamic=False)
+                self._trained = _one_graph(self.model)
             advance()
         return total / len(batches)
 
@@ -504,7 +512,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rate", type=float, default=2e-3, help="highest learning rate (default: 0.002)")
     add("--decay", type=float, default=1e-2, help="weight decay, 0 in the last quarter (default: 0.01)")
     add("--views", type=int, default=8, help="augmented views of an image before they repeat (default: 8)")
-    add("--bf16", action="store_true", help="autocast convolutions to bfloat16 in training")
+    add("--bf16", action="store_true", help="autocast convolutions to bfloat16 in training, and the teacher's")
     add("--compile", action="store_true", help="fuse what lies between convolutions (torch.compile; needs g++)")
     add("--threads", type=int, default=os.cpu_count(), help="of PyTorch (default: all cores)")
     return parser.parse_args(argv)
@@ -516,6 +524,10 @@ def settings_of(given: argparse.Namespace) -> Settings:
         if getattr(given, name) < least:
             raise UsageError(f"--{name} {getattr(given, name)}; accepted: {least} or more")
     order = int(given.order) if given.order.lstrip("-").isdigit() else given.order
+    if given.compile and isinstance(order, int) and (given.scale == "patch" or given.beta == "running"):
+        raise UsageError(
+            f"--compile with --scale {given.scale} --beta {given.beta}; accepted: static with a learned beta, sample"
+        )
     return Settings(
         **{f.name: getattr(given, f.name) for f in dataclasses.fields(Settings) if f.name not in FILES_AND_ORDER},
         order=order,

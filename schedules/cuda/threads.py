@@ -55,7 +55,7 @@ def index(value: int) -> tirx.Expr:
 
 
 def wide(extents: Sequence[int]) -> tuple[tirx.Expr, ...]:
-    """As int64, the index type of Relax's own kernels."""
+    """As int64, the index type of Relax's own kernels: FuseTIR joins buffers whose types are the same to the letter."""
     return tuple(index(extent) for extent in extents)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,16 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def test_records(capsys: pytest.CaptureFixture[str]) -> None:
-    call = ["--network", "mnist", "--orders", "1,2", "--batch", "2", "--seconds", "0.01", "--json", "-"]
+@pytest.mark.parametrize("how", [[], ["--compile"]])
+def test_records(how: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_, compiled = torch.compile, []
+
+    def traced(model: torch.nn.Module, **options: Any) -> Any:
+        compiled.append(model)
+        return compile_(model, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    call = ["--network", "mnist", "--orders", "1,2", "--batch", "2", "--seconds", "0.01", "--json", "-", *how]
     assert training.main(call) == 0
     records = json.loads(capsys.readouterr().out)
     assert [(r["order"], r["scale"]) for r in records] == [
@@ -26,6 +35,8 @@ def test_records(capsys: pytest.CaptureFixture[str]) -> None:
         *((order, scale) for order in (1, 2) for scale in ("patch", "sample", "static")),
     ]
     assert all(0 < r["min_ms"] <= r["median_ms"] and r["threads"] == 1 and r["batch"] == 2 for r in records)
+    assert len(compiled) == (len(records) if how else 0)
+    assert all(r["compile"] == bool(how) for r in records)
 
 
 def test_table_divides_by_float() -> None:

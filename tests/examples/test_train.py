@@ -26,7 +26,12 @@ TRAIN, TEST = 320, 40
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small datasets whose labels are where an image is bright, and a network of one HORQ layer for them."""
+    """Small datasets whose labels are where an image is bright, and a network of one HORQ layer for them.
+
+    What is compiled is traced, but runs without code generation, which takes a compiler of C++ and half a minute.
+    """
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **how: compile_(model, backend="aot_eager", **how))
     monkeypatch.setattr(datasets, "load", lambda name, folder=None: _dataset(name))
     monkeypatch.setitem(zoo.NETWORKS, "mnist", zoo.Architecture(_tiny(1), (1, 8, 8), 10))
     monkeypatch.setitem(zoo.NETWORKS, "resnet20", zoo.Architecture(_tiny(3), (3, 8, 8), 10))
@@ -122,7 +127,9 @@ def test_the_onnx_file_has_the_accuracy_of_the_json(tmp_path: Path) -> None:
     assert np.mean(scores.argmax(1) == data.test_labels.numpy()) == result["accuracy"]
 
 
-@pytest.mark.parametrize("words", [("--order", "2"), ("--order", "float"), ("--order", "bw", "--bf16")])
+@pytest.mark.parametrize(
+    "words", [("--order", "2"), ("--order", "2", "--compile"), ("--order", "float"), ("--order", "bw", "--bf16")]
+)
 def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path: Path, words: tuple[str, ...]) -> None:
     names = {"dataset": "cifar10", "network": "resnet20"}
     whole = _trainer(tmp_path / "whole", "--epochs", "3", *words, **names)
@@ -137,14 +144,14 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path: Path, words: tuple
 
 
 def test_compiled_training_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without code generation, which needs a compiler: what is traced is trained. The first step is not, it fits β."""
+    """All steps but the first, which fits β, are compiled."""
     steps, compile_ = [], torch.compile
 
-    def traced(model: nn.Module, **options: Any) -> Any:
-        compiled = compile_(model, backend="aot_eager", **options)
+    def counted(model: nn.Module, **how: Any) -> Any:
+        compiled = compile_(model, **how)
         return lambda images: steps.append(1) or compiled(images)
 
-    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(torch, "compile", counted)
     names = {"dataset": "cifar10", "network": "resnet20"}
     plain = _run(tmp_path / "plain", "--order", "2", **names)
     result = _run(tmp_path / "compiled", "--order", "2", "--compile", **names)
@@ -261,6 +268,11 @@ def test_loss_of_a_perfect_pupil_is_its_hard_part() -> None:
         (("--scale", "image"), "scale 'image'; accepted are"),
         (("--ste", "soft"), "ste 'soft'; accepted are residual, window, approxsign, tanh, identity"),
         (("--beta", "fixed"), "beta 'fixed'; accepted are learned, running"),
+        (
+            ("--compile", "--scale", "patch"),
+            "--compile with --scale patch --beta learned; accepted: static with a learned",
+        ),
+        (("--compile", "--beta", "running"), "--compile with --scale static --beta running; accepted: static with a"),
         (("--epochs", "0"), "--epochs 0; accepted: 1 or more"),
         (("--batch", "1000"), "--batch 1000; accepted: at most the 320 training images"),
         (("--start", "nothing.pt"), "nothing.pt: there is no such checkpoint"),
