@@ -359,19 +359,29 @@ def _by_order(runs: Sequence[Result], value: Callable[[Result], float]) -> tuple
 
 
 def _draw_cifar10(axis: Any, runs: Sequence[Result]) -> None:
+    """A line a network and scale, a level a network without planes: of each order what was trained for longest."""
     axis.set_title("CIFAR-10, test accuracy (%)", fontsize=10)
-    for network in sorted({r.network for r in runs}):
-        own = [r for r in runs if r.network == network]
-        # One line for what was trained in one way: tags tell ways apart, seeds are averaged.
-        for scale, tag in sorted({(r.scale, r.tag) for r in own}):
-            orders, values = _by_order([r for r in own if (r.scale, r.tag) == (scale, tag)], lambda r: 100 * r.accuracy)
+    longest = _longest(runs)
+    for i, network in enumerate(sorted({r.network for r in longest})):
+        own, color = [r for r in longest if r.network == network], f"C{i}"
+        for scale, style in zip(SCALES, ("o-", "s:", "^:"), strict=True):
+            orders, values = _by_order([r for r in own if r.scale == scale], lambda r: 100 * r.accuracy)
             if orders:
-                label = ", ".join(part for part in (network, scale, tag) if part)
-                axis.plot(orders, [statistics.fmean(v) for v in values], "o-", label=label)
-        by_name = {r.name: r for r in runs}
-        for run in (r for r in own if r.order in STYLES):
-            label, style = f"{run.order}, {epochs_in_all(run, by_name)} epochs", STYLES[run.order]
-            axis.axhline(100 * run.accuracy, color="gray", linestyle=style, label=label)
+                means = [statistics.fmean(v) for v in values]
+                axis.plot(orders, means, style, color=color, label=f"{network}, {scale}")
+        for order, line in STYLES.items():
+            if found := [100 * r.accuracy for r in own if r.order == order]:
+                axis.axhline(statistics.fmean(found), color=color, linestyle=line, label=f"{network}, {order}")
+
+
+def _longest(runs: Sequence[Result]) -> list[Result]:
+    """Of each network, order and scale the runs that saw the most epochs, with those of where they started."""
+    by_name = {r.name: r for r in runs}
+    most: dict[tuple[Any, ...], int] = {}
+    for run in runs:
+        key = (run.network, run.order, run.scale)
+        most[key] = max(most.get(key, 0), epochs_in_all(run, by_name))
+    return [r for r in runs if epochs_in_all(r, by_name) == most[r.network, r.order, r.scale]]
 
 
 def _draw_mnist(axis: Any, runs: Sequence[Result]) -> None:
