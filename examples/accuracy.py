@@ -337,7 +337,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 4.4), layout="constrained")
     usual = [r for r in results if not r.compares_ste]
     _draw_cifar10(axes[0], [r for r in usual if r.dataset == "cifar10"])
     _draw_mnist(axes[1], [r for r in usual if r.dataset == "mnist"])
@@ -347,7 +347,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     # Without the version of matplotlib in it, the picture changes only with the numbers.
     figure.savefig(path, dpi=90, format="png", metadata={"Software": None})
     pyplot.close(figure)
