@@ -322,14 +322,8 @@ class Span:
     lanes: int
     own: bool
 
-    def address(self, how: int) -> tirx.Expr:
-        """Where it begins, to be read (1) or written (2).
-
-        Of a kernel's own memory it has to say how far it goes: TVM cuts that to what it sees touched. Operands are as
-        long as they are, and of an element's address TVM knows that equal ones need not be read again.
-        """
-        if self.own:
-            return tirx.tvm_access_ptr(self.buffer.dtype, self.buffer.data, self.first, self.lanes, how)
+    def address(self) -> tirx.Expr:
+        """Where it begins."""
         return tirx.address_of(tirx.BufferLoad(self.buffer, [self.first]))
 
 
@@ -361,7 +355,7 @@ def _masked_load(load: TensorLoad, limit: tirx.Expr, memories: list[Memory]) -> 
     dtype = str(load.source.dtype)
     nothing = tirx.Broadcast(tirx.const(0, dtype), span.lanes)
     mask = _mask_of(limit, span.lanes)
-    return tirx.call_llvm_pure_intrin(f"{dtype}x{span.lanes}", "llvm.masked.load", span.address(1), mask, nothing)
+    return tirx.call_llvm_pure_intrin(f"{dtype}x{span.lanes}", "llvm.masked.load", span.address(), mask, nothing)
 
 
 def _masked_store(store: tirx.BufferStore, limit: tirx.Expr, memories: list[Memory]) -> tirx.Stmt:
@@ -369,4 +363,9 @@ def _masked_store(store: tirx.BufferStore, limit: tirx.Expr, memories: list[Memo
     if span is None:
         return store
     mask = _mask_of(limit, span.lanes)
-    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", store.value, span.address(2), mask))
+    masked = tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", store.value, span.address(), mask))
+    if not span.own:
+        return masked
+    # TVM cuts a kernel's own memory to what it sees touched, which of an address is one element. That nothing comes of
+    # this load is seen later.
+    return tirx.SeqStmt([tirx.Evaluate(tirx.BufferLoad(store.buffer, list(store.indices))), masked])
