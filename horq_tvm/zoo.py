@@ -183,7 +183,7 @@ def resnet10(layers: Layers, classes: int = 10) -> nn.Module:
     """[N,3,32,32] → [N,10]: 8 convolutions of 32, 64, 128 and 192 channels, a shortcut around each.
 
     Less than half as deep as `resnet20` and twice as wide and more, for about as long a training step (58 against 41
-    million multiplications an image, but fewer values between them): channels give binary layers more than depth does.
+    million multiplications an image, but fewer values between them). docs/accuracy.md has both.
     """
     return _named(stem=_stem(3, 32, 3), **_stages(layers, (32, 64, 128, 192), 2), **_classifier(192, classes))
 

@@ -3,8 +3,9 @@
 TVM writes a vector loop with a condition on its lanes, `for v in vectorized(16): if 16·f + v < 63: ...`, as 16 scalar
 steps, of every vector: where lanes do not divide channels a kernel was 10 to 90 times slower than where they do. Here
 the loop over the vectors loses its last turn to a copy of its body, in which what does not fit is known, the condition
-goes, and what the vector's statements read and write of the kernel's operands becomes `llvm.masked.load` and
-`llvm.masked.store`: one instruction each with AVX-512 and AVX, lane by lane without, which is what there was before.
+goes, and what the vector's statements read and write of the kernel's operands, and of its own memory where that has no
+room for whole vectors, becomes `llvm.masked.load` and `llvm.masked.store`: one instruction each with AVX-512 and AVX,
+lane by lane without, which is what there was before.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tvm.ir import Call, TensorLoad
 
 from horq_tvm.errors import HorqError
 
-Rows = dict[str, set[int]]
+Rows = dict[str, set[int]]  # of a kernel's own memory, by its name: how long a row is
 TAIL = "horq.tail"  # an AttrStmt around a vector: how many of its lanes there are
 
 
@@ -266,8 +267,9 @@ class Memory:
     """A kernel's own memory, the lengths of its rows, and whether it is written in vectors alone, each with room.
 
     A vector has room that begins at a multiple of its lanes in rows that are multiples of them: one that reaches past
-    the last channel ends in its row. It may be read whole there. It may be written whole if nothing else is kept there,
-    which is so where all that is written are such vectors. A mask would keep an accumulator from staying in a register.
+    the last channel ends in its row. It may be read whole there. It may be written whole if nothing else is kept there:
+    all that is written are such vectors, and, which is not looked at, conditions on one memory ask for one last
+    channel, as those of an accumulator do. A mask would keep it from staying in a register.
     """
 
     buffer: tirx.Buffer
@@ -288,7 +290,7 @@ def _rows(func: tirx.PrimFunc) -> Rows:
 
 
 def _memories(func: tirx.PrimFunc, rows: Rows) -> list[Memory]:
-    """The kernel's own memory with the lanes that it is written in."""
+    """The kernel's own memory, and how it is written."""
     allocated: list[tirx.Buffer] = []
     stores: list[tirx.BufferStore] = []
     looks = (
@@ -313,29 +315,19 @@ def _has_room(index: tirx.Expr, rows: frozenset[int]) -> bool:
     return all(number % lanes == 0 for number in (int(known.coeff), int(known.base), *rows))
 
 
-@dataclass(frozen=True)
-class Span:
-    """What an access that has to be masked touches."""
-
-    buffer: tirx.Buffer
-    first: tirx.Expr
-    lanes: int
-    own: bool
-
-    def address(self) -> tirx.Expr:
-        """Where it begins."""
-        return tirx.address_of(tirx.BufferLoad(self.buffer, [self.first]))
+def _memory(buffer: tirx.Buffer, memories: list[Memory]) -> Memory | None:
+    """The kernel's own, None of an operand."""
+    return next((memory for memory in memories if memory.buffer.same_as(buffer)), None)
 
 
-def _span(access: Any, buffer: tirx.Buffer, memories: list[Memory]) -> Span | None:
-    """What has to be masked of an access; None for a scalar, and where whole vectors have room."""
+def _fits(access: Any, memory: Memory | None) -> bool:
+    """Whether an access may stay as it is: a scalar, or a vector that has room."""
     (index,) = access.indices
     if not isinstance(index, tirx.Ramp):
-        return None
-    own = [memory for memory in memories if memory.buffer.same_as(buffer)]
-    if own and _has_room(index, own[0].rows) and (own[0].vectors or isinstance(access, TensorLoad)):
-        return None
-    return Span(buffer, index.base, int(index.lanes), bool(own))
+        return True
+    if memory is None or not _has_room(index, memory.rows):
+        return False
+    return memory.vectors or isinstance(access, TensorLoad)
 
 
 def _mask_of(limit: tirx.Expr, lanes: int) -> tirx.Expr:
@@ -343,29 +335,27 @@ def _mask_of(limit: tirx.Expr, lanes: int) -> tirx.Expr:
     return tirx.Ramp(tirx.const(0, dtype), tirx.const(1, dtype), lanes) < tirx.Broadcast(limit, lanes)
 
 
-def _address(buffer: tirx.Buffer, first: tirx.Expr, lanes: int, how: str) -> tirx.Expr:
-    """Where a vector begins. It says how long that is: TVM cuts a kernel's own memory to what it sees touched."""
-    return tirx.tvm_access_ptr(buffer.dtype, buffer.data, first, lanes, {"r": 1, "w": 2}[how])
-
-
 def _masked_load(load: TensorLoad, limit: tirx.Expr, memories: list[Memory]) -> tirx.Expr:
-    span = _span(load, load.source, memories)
-    if span is None:
+    if _fits(load, _memory(load.source, memories)):
         return load
-    dtype = str(load.source.dtype)
-    nothing = tirx.Broadcast(tirx.const(0, dtype), span.lanes)
-    mask = _mask_of(limit, span.lanes)
-    return tirx.call_llvm_pure_intrin(f"{dtype}x{span.lanes}", "llvm.masked.load", span.address(), mask, nothing)
+    (index,), dtype = load.indices, str(load.source.dtype)
+    lanes = int(index.lanes)
+    address = tirx.address_of(tirx.BufferLoad(load.source, [index.base]))
+    nothing = tirx.Broadcast(tirx.const(0, dtype), lanes)
+    mask = _mask_of(limit, lanes)
+    return tirx.call_llvm_pure_intrin(f"{dtype}x{lanes}", "llvm.masked.load", address, mask, nothing)
 
 
 def _masked_store(store: tirx.BufferStore, limit: tirx.Expr, memories: list[Memory]) -> tirx.Stmt:
-    span = _span(store, store.buffer, memories)
-    if span is None:
+    memory = _memory(store.buffer, memories)
+    if _fits(store, memory):
         return store
-    mask = _mask_of(limit, span.lanes)
-    masked = tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", store.value, span.address(), mask))
-    if not span.own:
+    (index,) = store.indices
+    address = tirx.address_of(tirx.BufferLoad(store.buffer, [index.base]))
+    mask = _mask_of(limit, int(index.lanes))
+    masked = tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", store.value, address, mask))
+    if memory is None:
         return masked
-    # TVM cuts a kernel's own memory to what it sees touched, which of an address is one element. That nothing comes of
-    # this load is seen later.
-    return tirx.SeqStmt([tirx.Evaluate(tirx.BufferLoad(store.buffer, list(store.indices))), masked])
+    # TVM cuts a kernel's own memory to what it sees touched, which of an address is one element. Later it sees that
+    # nothing comes of this load.
+    return tirx.SeqStmt([tirx.Evaluate(tirx.BufferLoad(store.buffer, [index])), masked])

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,29 +27,43 @@ FEW = 4  # what a kernel has of its own fits on its stack
 PAGE = mmap.PAGESIZE
 
 
-def rounded(channels: int, lanes: int) -> tvm.tirx.PrimFunc:
-    """y[r, c] = round(x[r, c]·w[c]), which TVM makes no vector of."""
-    x, w = te.placeholder((ROWS, channels), name="x"), te.placeholder((channels,), name="w")
-    y = te.compute((ROWS, channels), lambda r, c: te.nearbyint(x[r, c] * w[c]), name="y")
+Compute = Callable[[tvm.tirx.Expr, tvm.tirx.Expr], tvm.tirx.Expr]
+
+
+def elementwise(value: Compute, channels: int, lanes: int, dtype: str = "float32") -> s_tir.Schedule:
+    """y[r, c] = value(x[r, c], w[c]) with vectors of `lanes` channels."""
+    x, w = te.placeholder((ROWS, channels), dtype, name="x"), te.placeholder((channels,), dtype, name="w")
+    y = te.compute((ROWS, channels), lambda r, c: value(x[r, c], w[c]), name="y")
     sch = s_tir.Schedule(te.create_prim_func([x, w, y]))
-    _, c = sch.get_loops(sch.get_sblock("y"))
-    sch.vectorize(sch.split(c, [None, lanes])[1])
+    _vectorize(sch, "y", lanes)
+    return sch
+
+
+def _vectorize(sch: s_tir.Schedule, name: str, lanes: int) -> None:
+    sch.vectorize(sch.split(sch.get_loops(sch.get_sblock(name))[-1], [None, lanes])[1])
+
+
+def _only(sch: s_tir.Schedule) -> tvm.tirx.PrimFunc:
     (func,) = sch.mod.functions.values()
     return func
+
+
+def rounded(channels: int, lanes: int) -> tvm.tirx.PrimFunc:
+    """round(x·w), which TVM makes no vector of."""
+    return _only(elementwise(lambda x, w: te.nearbyint(x * w), channels, lanes))
+
+
+def divided(channels: int, lanes: int) -> tvm.tirx.PrimFunc:
+    """x / w of integers."""
+    return _only(elementwise(tvm.tirx.truncdiv, channels, lanes, "int32"))
 
 
 def affine(channels: int, lanes: int, rolled: bool = True) -> tvm.tirx.PrimFunc:
-    """y[r, c] = x[r, c]·w[c] + 1 with vectors of `lanes` channels, the loop over them as it is or unrolled."""
-    x, w = te.placeholder((ROWS, channels), name="x"), te.placeholder((channels,), name="w")
-    y = te.compute((ROWS, channels), lambda r, c: x[r, c] * w[c] + te.const(1, "float32"), name="y")
-    sch = s_tir.Schedule(te.create_prim_func([x, w, y]))
-    _, c = sch.get_loops(sch.get_sblock("y"))
-    co, cv = sch.split(c, [None, lanes])
-    sch.vectorize(cv)
+    """x·w + 1, the loop over the vectors as it is or unrolled."""
+    sch = elementwise(lambda x, w: x * w + te.const(1, "float32"), channels, lanes)
     if not rolled:
-        sch.unroll(co)
-    (func,) = sch.mod.functions.values()
-    return func
+        sch.unroll(sch.get_loops(sch.get_sblock("y"))[-2])
+    return _only(sch)
 
 
 def staged(channels: int, lanes: int) -> tvm.tirx.PrimFunc:
@@ -59,9 +74,8 @@ def staged(channels: int, lanes: int) -> tvm.tirx.PrimFunc:
     y = te.compute((FEW, channels), lambda r, c: t[r, c] + u[r, c], name="y")
     sch = s_tir.Schedule(te.create_prim_func([x, w, y]))
     for name in ("t", "u", "y"):
-        sch.vectorize(sch.split(sch.get_loops(sch.get_sblock(name))[-1], [None, lanes])[1])
-    (func,) = sch.mod.functions.values()
-    return func
+        _vectorize(sch, name, lanes)
+    return _only(sch)
 
 
 @T.prim_func(private=True, s_tir=True)
@@ -86,16 +100,6 @@ def backwards(x: T.Buffer((2, 24), "float32"), y: T.Buffer((2, 24), "float32")):
             y[r, c] = t[r, 23 - c] * T.float32(2)
 
 
-def divided(channels: int, lanes: int) -> tvm.tirx.PrimFunc:
-    """y[r, c] = x[r, c] / w[c] of integers."""
-    x, w = te.placeholder((ROWS, channels), "int32", name="x"), te.placeholder((channels,), "int32", name="w")
-    y = te.compute((ROWS, channels), lambda r, c: tvm.tirx.truncdiv(x[r, c], w[c]), name="y")
-    sch = s_tir.Schedule(te.create_prim_func([x, w, y]))
-    sch.vectorize(sch.split(sch.get_loops(sch.get_sblock("y"))[1], [None, lanes])[1])
-    (func,) = sch.mod.functions.values()
-    return func
-
-
 KERNELS = {"affine": affine, "rounded": rounded}
 
 
@@ -118,25 +122,26 @@ def before_a_wall(array: np.ndarray) -> np.ndarray:
     return copy
 
 
+def _run(func: tvm.tirx.PrimFunc, rows: int, channels: int, folder: Path) -> tuple[np.ndarray, ...]:
+    """x[rows, channels], w[channels], and what the kernel makes of them."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.integers(-9, 9, shape).astype("float32") for shape in ((rows, channels), (channels,)))
+    out = tvm.runtime.tensor(np.zeros((rows, channels), "float32"))
+    load(func, folder)["k"](tvm.runtime.tensor(x), tvm.runtime.tensor(w), out)
+    return x, w, out.numpy()
+
+
 @pytest.mark.parametrize("rolled", [True, False])
 @pytest.mark.parametrize(("channels", "lanes"), [(13, 16), (29, 8), (33, 16), (63, 16)])
 def test_numbers_up_to_the_last_channel(channels: int, lanes: int, rolled: bool, tmp_path: Path) -> None:
-    kernel = load(affine(channels, lanes, rolled), tmp_path)
-    rng = np.random.default_rng(0)
-    x, w = (rng.integers(-9, 9, shape).astype("float32") for shape in ((ROWS, channels), (channels,)))
-    out = tvm.runtime.tensor(np.zeros((ROWS, channels), "float32"))
-    kernel["k"](tvm.runtime.tensor(x), tvm.runtime.tensor(w), out)
-    np.testing.assert_array_equal(out.numpy(), x * w + 1)
+    x, w, y = _run(affine(channels, lanes, rolled), ROWS, channels, tmp_path)
+    np.testing.assert_array_equal(y, x * w + 1)
 
 
 @pytest.mark.parametrize(("channels", "lanes"), [(13, 16), (29, 8), (29, 16)])
 def test_memory_of_the_kernels_own_stays_as_large_as_its_vectors(channels: int, lanes: int, tmp_path: Path) -> None:
-    kernel = load(staged(channels, lanes), tmp_path)
-    rng = np.random.default_rng(0)
-    x, w = (rng.integers(-9, 9, shape).astype("float32") for shape in ((FEW, channels), (channels,)))
-    out = tvm.runtime.tensor(np.zeros((FEW, channels), "float32"))
-    kernel["k"](tvm.runtime.tensor(x), tvm.runtime.tensor(w), out)
-    np.testing.assert_array_equal(out.numpy(), x * w + x + w)
+    x, w, y = _run(staged(channels, lanes), FEW, channels, tmp_path)
+    np.testing.assert_array_equal(y, x * w + x + w)
 
 
 def test_a_row_of_the_kernels_own_memory_is_not_written_into_the_next(tmp_path: Path) -> None:
@@ -156,6 +161,7 @@ def test_lanes_that_are_not_there_divide_by_nothing() -> None:
 
 CRASHES = """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 import numpy as np
 import tvm, tvm_ffi
